@@ -1,0 +1,59 @@
+"""Every error that this project raises on purpose, drawn as one tree.
+
+* SplitLearningError
+  - ConfigError        what the user asked for cannot be done; the message says what can
+  - WireError          what the other end sent breaks the protocol (INVALID_ARGUMENT)
+    + SequenceError    a batch came out of order (ABORTED); it carries the number that was due
+  - ClosedError        the other end, or the run, is over; the message says why
+    + RefusedError     the server would not have this client
+  - StepError          a training step failed: the run cannot go on
+
+Programs end with `exit_code` of the error that ended them (sysexits.h where it has a fitting one).
+"""
+
+
+class SplitLearningError(Exception):
+    """Base of them all. Its text is one line for a person: the value and the remedy."""
+
+    exit_code = 1
+
+
+class ConfigError(SplitLearningError):
+    """What the user asked for cannot be done."""
+
+    exit_code = 2
+
+
+class WireError(SplitLearningError):
+    """What the other end sent breaks the protocol."""
+
+    exit_code = 65  # EX_DATAERR
+
+
+class SequenceError(WireError):
+    """A batch came out of order.
+
+    expected: the sequence number that was due.
+    """
+
+    def __init__(self, message: str, expected: int) -> None:
+        super().__init__(message)
+        self.expected = expected
+
+
+class ClosedError(SplitLearningError):
+    """The other end, or the run, is over."""
+
+    exit_code = 69  # EX_UNAVAILABLE
+
+
+class RefusedError(ClosedError):
+    """The server would not have this client."""
+
+    exit_code = 77  # EX_NOPERM
+
+
+class StepError(SplitLearningError):
+    """A training step failed: the run cannot go on."""
+
+    exit_code = 70  # EX_SOFTWARE

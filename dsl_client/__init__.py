@@ -1,0 +1,1 @@
+"""The edge node: private data and the bottom of the network."""

@@ -1,0 +1,1 @@
+"""Whole experiments on one machine, made of real server and client processes."""
