@@ -5,7 +5,8 @@
   - WireError          what the other end sent breaks the protocol (INVALID_ARGUMENT)
     + SequenceError    a batch came out of order (ABORTED); it carries the number that was due
   - ClosedError        the other end, or the run, is over; the message says why
-    + RefusedError     the server would not have this client
+    + RefusedError     the server would not have this client (FAILED_PRECONDITION)
+      * FullError      because it has all it was asked to have (RESOURCE_EXHAUSTED)
   - StepError          a training step failed: the run cannot go on
 
 Programs end with `exit_code` of the error that ended them (sysexits.h where it has a fitting one).
@@ -51,6 +52,10 @@ class RefusedError(ClosedError):
     """The server would not have this client."""
 
     exit_code = 77  # EX_NOPERM
+
+
+class FullError(RefusedError):
+    """The server has all the clients that it was asked to have."""
 
 
 class StepError(SplitLearningError):

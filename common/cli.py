@@ -1,0 +1,72 @@
+"""What the programs' entry points share: environment, flags, device, and how they end.
+
+Knows torch only inside `device_of`: `--help` must not wait for it.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, TypeVar
+
+import tyro
+
+from common.errors import ConfigError, SplitLearningError
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+
+class Stopped(BaseException):
+    """The user, or the system, wants the program to end. Not an Exception: nothing may swallow it."""
+
+    def __init__(self, number: int) -> None:
+        self.exit_code = 128 + number
+        super().__init__("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
+
+
+def prepare() -> None:
+    """Before torch and grpc are imported: idle threads of several processes must not burn the cores."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+
+def parse(kind: type[T], arguments: Sequence[str], default: T, program: str, description: str) -> T:
+    """The flags as a `kind`. Ends the program, with the reason, when they are wrong."""
+    return tyro.cli(kind, prog=program, description=description, args=arguments, default=default)
+
+
+def device_of(name: str) -> "torch.device":
+    """`cpu`, `cuda`, `cuda:N` or `auto` (a GPU if there is one). Raises ConfigError."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device("cuda:0" if gpus else "cpu")
+    known = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{index}" for index in range(gpus))]
+    if name not in known:
+        raise ConfigError(f"--device {name!r}: this machine has {', '.join(known)}; or say auto")
+    return torch.device(name)
+
+
+def run_to_the_end(program: str, body: Callable[[], int]) -> int:
+    """The exit code of the body; an error of ours is told in one line, a signal ends it in order."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)  # the second one ends the process at once
+        raise Stopped(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    try:
+        return body()
+    except SplitLearningError as error:
+        print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except Stopped as stopped:
+        print(f"{program}: stopped ({stopped})", file=sys.stderr, flush=True)
+        return stopped.exit_code

@@ -1,0 +1,165 @@
+"""Bytes, seconds and memory, measured by wrapping: nothing on the data path knows of it.
+
+`Traffic` wraps what turns messages into bytes and back, so it counts just what gRPC is handed.
+`Clock` wraps functions, iterators and modules. `Socket` asks the kernel.
+"""
+
+import resource
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, ParamSpec, TypeVar
+
+import torch
+from torch import nn
+
+from common.wire.pieces import Piece
+from common.wire.rpc import EVALUATE, Rpc
+
+Direction = Literal["up", "down"]
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+UP = ("activations", "labels", "evaluation", "weights", "control", "framing")
+DOWN = ("gradients", "weights", "control", "framing")
+
+
+class Traffic:
+    """Counts serialized bytes by direction and kind. Any thread may count.
+
+    The kinds of tensor bytes are `activations`, `labels`, `gradients` (of training), `evaluation`
+    (activations and labels sent only to be scored) and `weights`; `framing` is the rest of these
+    messages; `control` is every other message.
+    """
+
+    def __init__(self) -> None:
+        self._bytes: Counter[tuple[Direction, str]] = Counter()
+        self._lock = threading.Lock()
+
+    def writing(
+        self, rpc: Rpc, direction: Direction, write: Callable[[Any], bytes]
+    ) -> Callable[[Any], bytes]:
+        def counted(message: Any) -> bytes:
+            raw = write(message)
+            self._count(rpc, direction, message, len(raw))
+            return raw
+
+        return counted
+
+    def reading(self, rpc: Rpc, direction: Direction, read: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+        def counted(raw: bytes) -> Any:
+            message = read(raw)
+            self._count(rpc, direction, message, len(raw))
+            return message
+
+        return counted
+
+    def total(self, direction: Direction) -> int:
+        """Serialized bytes of every kind."""
+        with self._lock:
+            return sum(n for (d, _), n in self._bytes.items() if d == direction)
+
+    def by_kind(self) -> dict[str, dict[str, int]]:
+        """{"up": {kind: bytes}, "down": {kind: bytes}}, with every kind of `UP` and `DOWN`."""
+        with self._lock:
+            up = {kind: self._bytes["up", kind] for kind in UP}
+            return {"up": up, "down": {kind: self._bytes["down", kind] for kind in DOWN}}
+
+    def _count(self, rpc: Rpc, direction: Direction, message: Any, size: int) -> None:
+        kinds: dict[str, int] = {"control": size}
+        if isinstance(message, Piece) and (message.size or _tensors(rpc, message)):
+            kinds = {"framing": size - message.size, **_tensors(rpc, message)}
+        with self._lock:
+            for kind, n in kinds.items():
+                self._bytes[direction, kind] += n
+
+
+def _tensors(rpc: Rpc, piece: Piece[Any]) -> dict[str, int]:
+    """Bytes of the frame that begins with this piece, by kind, as its head declares them.
+
+    Sizes are counted at the head and left out at the pieces that follow; a frame that is cut off is
+    over-counted by what is missing, and ends the stream.
+    """
+    which = piece.head.WhichOneof("head")
+    if which == "batch":
+        z, y = _size(piece.head.batch.activations), _size(piece.head.batch.labels)
+        return {"evaluation": z + y} if rpc is EVALUATE else {"activations": z, "labels": y}
+    if which == "gradient":
+        return {"gradients": _size(piece.head.gradient.gradient)}
+    if which == "weights":
+        return {"weights": sum(_size(tensor.spec) for tensor in piece.head.weights.tensors)}
+    return {}
+
+
+def _size(spec: Any) -> int:
+    width = {1: 4, 2: 8, 3: 1, 4: 2}.get(spec.dtype, 0)
+    for side in spec.shape:
+        width *= side
+    return width
+
+
+class Clock:
+    """Seconds by phase. Any thread may add. Work on a GPU counts when the host waits for it."""
+
+    def __init__(self) -> None:
+        self._seconds: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def add(self, phase: str, seconds: float) -> None:
+        with self._lock:
+            self._seconds[phase] += seconds  # type: ignore[assignment]  # typeshed counts in whole numbers
+
+    def seconds(self, *phases: str) -> dict[str, float]:
+        """The phases named, in this order; those never entered are 0."""
+        with self._lock:
+            return {phase: float(self._seconds[phase]) for phase in phases}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(phase, time.perf_counter() - start)
+
+    def function(self, phase: str, function: Callable[P, T]) -> Callable[P, T]:
+        def timed(*args: P.args, **kwargs: P.kwargs) -> T:
+            with self(phase):
+                return function(*args, **kwargs)
+
+        return timed
+
+    def iterator(self, phase: str, items: Iterator[T]) -> Iterator[T]:
+        """The same items; the time that each took to come is the phase's."""
+        while True:
+            with self(phase):
+                try:
+                    item = next(items)
+                except StopIteration:
+                    return
+            yield item
+
+    def module(self, phase: str, module: nn.Module) -> None:
+        """From now on the module's forward passes in training mode are the phase's."""
+        starts: list[float] = []
+
+        def before(module: nn.Module, _: object) -> None:
+            if module.training:
+                starts.append(time.perf_counter())
+
+        def after(module: nn.Module, _: object, __: object) -> None:
+            if module.training:
+                self.add(phase, time.perf_counter() - starts.pop())
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """This process's peak: the allocator's on a GPU, the resident set's otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,40 @@
+"""Conventional split learning (CSL): backpropagation across the cut.
+
+O. Gupta and R. Raskar, "Distributed learning of deep neural network over multiple agents",
+Journal of Network and Computer Applications 116, 2018. https://arxiv.org/abs/1810.06060
+
+Their clients take turns with one part: `--sync relay`.
+"""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.methods.base import Answer, ClientPart, Method, ServerPart, Smashed, Step
+
+
+def csl() -> Method:
+    return Method("csl", client_step, server_step, local_loss=False, answers=True)
+
+
+def client_step(part: ClientPart, x: Tensor, y: Tensor) -> Step:
+    z = part.bottom(x)  # (B, C, H, W)
+    gradient = yield Smashed(z.detach(), y)  # the wire: wait for dL/dz, (B, C, H, W)
+
+    part.optimizer.zero_grad()
+    z.backward(gradient)
+    part.optimizer.step()
+    return None
+
+
+def server_step(part: ServerPart, group: Sequence[Smashed]) -> Answer:
+    (batch,) = group
+    z = batch.z.requires_grad_()
+    loss = F.cross_entropy(part.top(z), batch.y)
+
+    part.optimizer.zero_grad()
+    loss.backward()
+    part.optimizer.step()
+    assert z.grad is not None, "z is part of the loss"
+    return Answer(loss.detach(), [z.grad])

@@ -1,0 +1,89 @@
+"""A network, cut into a bottom for the client and a top for the server.
+
+Both ends build the whole network from the run's seed and keep their part of it: so the two parts
+fit, all clients begin alike, and no first weights have to travel.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from common.errors import ConfigError
+from common.nets.heads import Shape, build_head
+from common.nets.resnet import resnet
+from common.run import Run
+
+M = TypeVar("M", bound=nn.Module)
+
+# Blocks of ResNet-110's 54 at the client (arXiv 2601.19261, section IV).
+SPLITS = {"s": 12 / 54, "m": 17 / 54, "d": 26 / 54}
+
+
+@dataclass(frozen=True)
+class CutNet:
+    """The two parts, the client's head, and the shape of one sample's activations (C, H, W)."""
+
+    bottom: nn.Sequential
+    top: nn.Sequential
+    head: nn.Module
+    cut_shape: Shape
+
+
+def build(run: Run) -> CutNet:
+    """The run's network, cut. The same run gives the same weights on every machine.
+
+    Raises ConfigError when the model, the split or the head does not exist.
+    """
+    depth = depth_of(run.model)
+    blocks = blocks_at_client(run.model, run.split)
+    generator = torch.Generator().manual_seed(run.seed)  # our own: other threads draw from the global one
+    net = initialise(resnet(depth, run.class_count, run.image_shape[0]), generator)
+    bottom, top = net[: 1 + blocks], net[1 + blocks :]
+    shape = _cut_shape(bottom, run.image_shape)
+    head = initialise(build_head(run.head, shape, run.class_count), generator)
+    return CutNet(bottom, top, head, shape)
+
+
+def initialise(net: M, generator: torch.Generator) -> M:
+    """First weights: He et al. 2015 for convolutions, torch's own rule for linear layers."""
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+        elif isinstance(module, nn.Linear):
+            bound = 1 / math.sqrt(module.in_features)
+            nn.init.uniform_(module.weight, -bound, bound, generator=generator)
+            nn.init.uniform_(module.bias, -bound, bound, generator=generator)
+    return net
+
+
+def depth_of(model: str) -> int:
+    """The layers of a `resnetN`. Raises ConfigError unless N is 6n+2 with n >= 1."""
+    match = re.fullmatch(r"resnet(\d{1,4})", model)
+    depth = int(match[1]) if match else 0
+    if depth < 8 or depth % 6 != 2:
+        raise ConfigError(f"--model {model!r}: choose resnetN with N = 20, 32, 44, 56, 110 or other 6n+2")
+    return depth
+
+
+def blocks_at_client(model: str, split: str) -> int:
+    """How many residual blocks the client keeps: at least one, and one less than all at most."""
+    blocks = (depth_of(model) - 2) // 2
+    if split in SPLITS:
+        return max(1, round(SPLITS[split] * blocks))
+    if not split.isascii() or not split.isdecimal() or not 1 <= int(split) < blocks:
+        raise ConfigError(
+            f"--split {split!r}: {model} has {blocks} blocks; choose s, m, d or 1 to {blocks - 1}"
+        )
+    return int(split)
+
+
+def _cut_shape(bottom: nn.Module, image: Shape) -> Shape:
+    bottom.eval()  # a pass in train mode would move the BatchNorm statistics
+    with torch.no_grad():
+        _, channels, height, width = bottom(torch.zeros(1, *image)).shape
+    bottom.train()
+    return channels, height, width

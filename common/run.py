@@ -1,0 +1,248 @@
+"""One frozen description of a run. The server owns it; clients receive it when they join.
+
+Knows flags, TOML and JSON. Knows no tensors: `--help` must not wait for torch.
+"""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from common.errors import ConfigError
+
+Sync = Literal["none", "average", "relay"]
+Schedule = Literal["constant", "cosine", "step"]
+Recipe = Literal["modern", "paper"]
+
+# What a recipe sets where neither a flag nor the file says otherwise. `paper`: arXiv 2601.19261,
+# section IV, with the weight decay of its authors' code. `modern`: benchmarks/accuracy.
+RECIPES: Mapping[str, Mapping[str, Any]] = {
+    "modern": {
+        "epochs": 20,
+        "batch_size": 128,
+        "lr": 0.1,
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "schedule": "cosine",
+        "warmup": 0.2,
+    },
+    "paper": {
+        "epochs": 50,
+        "batch_size": 128,
+        "lr": 1e-3,
+        "momentum": 0.9,
+        "weight_decay": 1e-4,
+        "schedule": "constant",
+        "warmup": 0.0,
+    },
+}
+
+# Image shape and classes of the data sets that are known by name.
+KNOWN_DATA: Mapping[str, tuple[tuple[int, int, int], int]] = {
+    "sample": ((3, 32, 32), 10),
+    "fashion-mnist": ((3, 32, 32), 10),
+    "cifar10": ((3, 32, 32), 10),
+    "cifar100": ((3, 32, 32), 100),
+}
+_OTHER_DATA = ((3, 32, 32), 10)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained, on what, by whom and how."""
+
+    name: str = "run"
+    """What the run is called in logs and folders."""
+    method: str = "dsl"
+    """Who learns from what: dsl (each side from its own loss) or csl (the cut gradient returns)."""
+    model: str = "resnet20"
+    """The network: resnet20, 32, 44, 56, 110, or any other 6n+2."""
+    split: str = "m"
+    """Where it is cut: s, m, d (12/54, 17/54, 26/54 of the blocks at the client) or a block count."""
+    head: str = "gap"
+    """The client's auxiliary head: gap, flat, mlp or conv. Methods without a local loss have none."""
+    clients: int = 1
+    """How many clients make the run."""
+    sync: Sync = "none"
+    """The clients' parts: each its own, averaged each epoch, or one part relayed in turn."""
+    data: str = "sample"
+    """sample, fashion-mnist, cifar10, cifar100, npz:FILE or folder:DIR. Only clients read it."""
+    partition: str = "iid"
+    """Each client's share: iid, dirichlet:ALPHA, or own (all of what it has)."""
+    image: tuple[int, int, int] | None = None
+    """Image shape (channels, height, width). Default: that of the data set, else 3 32 32."""
+    classes: int | None = None
+    """How many classes there are. Default: that of the data set, else 10."""
+    augment: bool = True
+    """Random crop (4 pixels) and flip of each training image."""
+    recipe: Recipe = "modern"
+    """Defaults for the seven settings below: modern, or paper (arXiv 2601.19261)."""
+    epochs: int = 20
+    """Passes over the data."""
+    batch_size: int = 128
+    """Samples in a batch."""
+    lr: float = 0.1
+    """Peak learning rate of both sides (SGD)."""
+    momentum: float = 0.9
+    """Momentum of both sides."""
+    weight_decay: float = 5e-4
+    """Weight decay of both sides."""
+    schedule: Schedule = "cosine"
+    """The learning rate after the warm-up: constant, cosine to zero, or step (x0.1 at 1/2, 3/4)."""
+    warmup: float = 0.2
+    """Fraction of the run in which the learning rate rises linearly from lr/100."""
+    eval_every: int = 1
+    """Score the test set after every this many epochs, and at the end; 0: only at the end."""
+    seed: int = 0
+    """Seeds the first weights, the shares, the order and the augmentation."""
+    fixed_order: bool = False
+    """Step on the clients' batches strictly in turn, so that a run repeats bit for bit."""
+    outbox: int = 2
+    """Batches that may wait at a client to be sent."""
+    inbox: int = 2
+    """Batches of each client that may wait at the server."""
+
+    def __post_init__(self) -> None:
+        self._check()  # raises ConfigError, naming the value and what is allowed
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W): as said, or the data set's."""
+        return self.image or KNOWN_DATA.get(self.data, _OTHER_DATA)[0]
+
+    @property
+    def class_count(self) -> int:
+        """As said, or the data set's."""
+        return KNOWN_DATA.get(self.data, _OTHER_DATA)[1] if self.classes is None else self.classes
+
+    @property
+    def shares_parts(self) -> bool:
+        """Whether all clients end an epoch with one and the same part."""
+        return self.sync != "none" and self.clients > 1
+
+    def evaluates(self, epoch: int) -> bool:
+        """Whether the test set is scored after this epoch, counted from 0."""
+        last = epoch == self.epochs - 1
+        return last or (self.eval_every > 0 and (epoch + 1) % self.eval_every == 0)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> "Run":
+        """Raises ConfigError for unknown keys, wrong types or values."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"the run's description is not JSON: {error}") from error
+        return Run(**checked(values, "the run's description"))
+
+    def _check(self) -> None:
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value < least:
+                raise ConfigError(f"--{_flag(name)} {value} is below {least}")
+        for name, allowed in _ALLOWED.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ConfigError(f"--{_flag(name)} {value!r}: choose from {', '.join(allowed)}")
+        if not 0 < self.lr < float("inf"):
+            raise ConfigError(f"--lr {self.lr} is not a positive number")
+        if not 0 <= self.warmup <= 1:
+            raise ConfigError(f"--warmup {self.warmup} is not a fraction from 0 to 1")
+        if not 0 <= self.momentum < 1:
+            raise ConfigError(f"--momentum {self.momentum} is not in [0, 1)")
+        if min(self.image_shape) < 1:
+            raise ConfigError(f"--image {' '.join(map(str, self.image_shape))} has an empty side")
+        if not self.name or set(self.name) - _NAME_CHARACTERS:
+            raise ConfigError(f"--name {self.name!r}: use letters, digits, '.', '_' and '-'")
+        if self.partition not in ("iid", "own") and not _is_dirichlet(self.partition):
+            raise ConfigError(
+                f"--partition {self.partition!r}: choose iid, own, or dirichlet:ALPHA with ALPHA > 0"
+            )
+
+
+_LEAST = {
+    "clients": 1,
+    "epochs": 1,
+    "batch_size": 1,
+    "weight_decay": 0,
+    "class_count": 2,
+    "eval_every": 0,
+    "seed": 0,
+    "outbox": 1,
+    "inbox": 1,
+}
+_ALLOWED = {
+    "sync": ("none", "average", "relay"),
+    "schedule": ("constant", "cosine", "step"),
+    "recipe": tuple(RECIPES),
+}
+_NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+
+
+def checked(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """The values of a file, each for a known key and of its type.
+
+    Raises ConfigError that names the key, the origin and the nearest key there is.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{origin} is not a table of settings")
+    defaults = {field.name: field.default for field in fields(Run)}
+    result = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name not in defaults:
+            near = difflib.get_close_matches(name, defaults, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{origin}: unknown key {key!r}{hint}")
+        if not _fits(name, value, defaults[name]):
+            raise ConfigError(f"{origin}: {key} = {value!r} is of the wrong type")
+        result[name] = tuple(value) if name == "image" and value is not None else value
+    return result
+
+
+def defaults_from(file: Path | None, recipe: str | None) -> Run:
+    """The run that flags then change: built-in defaults, then the recipe's, then the file's.
+
+    Raises ConfigError when the file is missing, not TOML, or has unknown keys.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        try:
+            values = checked(tomllib.loads(file.read_text()), str(file))
+        except OSError as error:
+            raise ConfigError(f"--config {file}: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--config {file} is not TOML: {error}") from error
+    values["recipe"] = recipe or values.get("recipe", "modern")
+    if values["recipe"] not in RECIPES:
+        raise ConfigError(f"--recipe {values['recipe']!r}: choose from {', '.join(RECIPES)}")
+    return Run(**{**RECIPES[values["recipe"]], **values})
+
+
+def _fits(name: str, value: object, default: object) -> bool:
+    if name == "image":
+        return value is None or (
+            isinstance(value, list | tuple) and len(value) == 3 and all(type(side) is int for side in value)
+        )
+    if name == "classes":
+        return value is None or type(value) is int
+    if isinstance(default, float):
+        return type(value) in (int, float)
+    return type(value) is type(default)
+
+
+def _flag(name: str) -> str:
+    return {"class_count": "classes"}.get(name, name).replace("_", "-")
+
+
+def _is_dirichlet(partition: str) -> bool:
+    scheme, _, alpha = partition.partition(":")
+    try:
+        return scheme == "dirichlet" and 0 < float(alpha) < float("inf")
+    except ValueError:
+        return False

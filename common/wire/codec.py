@@ -1,0 +1,214 @@
+"""Tensors as frames of pieces, and back; the only judge of what comes in.
+
+A frame is a head, which declares tensors, and their elements in pieces. Its size is known, and
+checked against what the run says it must be, before anything is allocated; then the pieces are
+written straight into one buffer. What leaves here needs no further check.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.errors import WireError
+from common.methods.base import Smashed
+from common.parts import Spec, State
+from common.wire import split_learning_pb2 as pb
+from common.wire.pieces import PIECE_BYTES, Head, Piece
+
+_CODES: Mapping[torch.dtype, pb.Dtype] = {
+    torch.float32: pb.DTYPE_FLOAT32,
+    torch.int64: pb.DTYPE_INT64,
+    torch.uint8: pb.DTYPE_UINT8,
+    torch.uint16: pb.DTYPE_UINT16,
+}
+_TYPES = {code: dtype for dtype, code in _CODES.items()}
+
+
+@dataclass(frozen=True)
+class BatchSpec:
+    """What a batch of this run must be: z (1..batch_size, *cut_shape) float32, 0 <= y < classes."""
+
+    cut_shape: tuple[int, ...]
+    batch_size: int
+    classes: int
+
+    @property
+    def label_dtype(self) -> torch.dtype:
+        return torch.uint8 if self.classes <= 256 else torch.uint16
+
+
+def pack_batch(kind: type[Head], sequence: int, batch: Smashed, spec: BatchSpec) -> Iterator[Piece[Head]]:
+    """The pieces of one batch, for the RPC whose request is `kind`."""
+    z, y = _on_host(batch.z), _on_host(batch.y).to(spec.label_dtype)
+    head = pb.Batch(sequence=sequence, activations=_describe(z), labels=_describe(y))
+    return _cut(kind, {"batch": head}, [z, y])
+
+
+def unpack_batch(first: Piece[Any], rest: Iterator[Piece[Any]], spec: BatchSpec) -> tuple[int, Smashed]:
+    """A batch and its sequence number: z on the host, y as int64. Raises WireError."""
+    head: pb.Batch = _head(first, "batch")
+    samples = _samples(head.activations, spec)
+    _expect("activations", head.activations, (torch.float32, (samples, *spec.cut_shape)))
+    _expect("labels", head.labels, (spec.label_dtype, (samples,)))
+    specs = [_declared(head.activations), _declared(head.labels)]
+    z, y = _assemble(first, rest, specs)
+    _check_finite(f"activations of batch {head.sequence}", z)
+    y = y.long()
+    if int(y.max()) >= spec.classes:
+        raise WireError(f"label {int(y.max())} in batch {head.sequence}: the run has {spec.classes} classes")
+    return head.sequence, Smashed(z, y)
+
+
+def pack_gradient(sequence: int, gradient: Tensor, loss: float) -> Iterator[Piece[pb.TrainResponse]]:
+    g = _on_host(gradient)
+    head = pb.Gradient(sequence=sequence, gradient=_describe(g), loss=loss)
+    return _cut(pb.TrainResponse, {"gradient": head}, [g])
+
+
+def unpack_gradient(
+    first: Piece[Any], rest: Iterator[Piece[Any]], sequence: int, shape: tuple[int, ...]
+) -> tuple[Tensor, float]:
+    """dL/dz for the batch of this number and shape, and the server's loss. Raises WireError."""
+    head: pb.Gradient = _head(first, "gradient")
+    if head.sequence != sequence:
+        raise WireError(f"the server answered batch {head.sequence}; batch {sequence} was due")
+    _expect("gradient", head.gradient, (torch.float32, shape))
+    (gradient,) = _assemble(first, rest, [(torch.float32, shape)])
+    _check_finite(f"the gradient of batch {sequence}", gradient)
+    return gradient, head.loss
+
+
+def pack_weights(kind: type[Head], head: pb.Weights, state: State) -> Iterator[Piece[Head]]:
+    """The pieces of a part. `head` says whose, when and why; the tensors are added to a copy of it."""
+    tensors = {name: _on_host(tensor) for name, tensor in state.items()}
+    full = pb.Weights()
+    full.CopyFrom(head)
+    full.tensors.extend(pb.NamedTensorSpec(name=n, spec=_describe(t)) for n, t in tensors.items())
+    return _cut(kind, {"weights": full}, list(tensors.values()))
+
+
+def unpack_weights(
+    first: Piece[Any], rest: Iterator[Piece[Any]], specs: Mapping[str, Spec]
+) -> tuple[pb.Weights, State]:
+    """A part with exactly these tensors, or with none at all. Raises WireError."""
+    head: pb.Weights = _head(first, "weights")
+    names = [tensor.name for tensor in head.tensors]
+    if names and names != list(specs):
+        odd = next(iter(set(names) ^ set(specs)), "their order")
+        raise WireError(f"the weights are not those of this run's client part: {odd[:80]!r} differs")
+    for declared in head.tensors:
+        _expect(declared.name, declared.spec, specs[declared.name])
+    tensors = _assemble(first, rest, [specs[name] for name in names])
+    state = dict(zip(names, tensors, strict=True))
+    for name, tensor in state.items():
+        if tensor.is_floating_point():
+            _check_finite(name, tensor)
+    return head, state
+
+
+def _head(piece: Piece[Any], field: str) -> Any:
+    if piece.head.WhichOneof("head") != field:
+        got = piece.head.WhichOneof("head") or "only data"
+        raise WireError(f"expected the beginning of a frame ({field}), got {got}")
+    return getattr(piece.head, field)
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu").contiguous()
+
+
+def _describe(tensor: Tensor) -> pb.TensorSpec:
+    if tensor.dtype not in _CODES:
+        raise WireError(f"{tensor.dtype} cannot be sent; it can as {', '.join(map(str, _CODES))}")
+    return pb.TensorSpec(dtype=_CODES[tensor.dtype], shape=tensor.shape)
+
+
+def _declared(spec: pb.TensorSpec) -> Spec:
+    return _TYPES[spec.dtype], tuple(spec.shape)
+
+
+def _samples(spec: pb.TensorSpec, rule: BatchSpec) -> int:
+    samples = spec.shape[0] if spec.shape else 0
+    if not 1 <= samples <= rule.batch_size:
+        raise WireError(f"a batch of {samples} samples: the run allows 1 to {rule.batch_size}")
+    return samples
+
+
+def _expect(name: str, spec: pb.TensorSpec, wanted: Spec) -> None:
+    dtype, shape = wanted
+    if spec.dtype != _CODES[dtype]:
+        code = pb.Dtype.Name(spec.dtype) if spec.dtype in pb.Dtype.values() else spec.dtype
+        raise WireError(f"{name}: dtype {code}; the run needs {pb.Dtype.Name(_CODES[dtype])}")
+    if tuple(spec.shape) != shape:
+        raise WireError(f"{name}: shape {list(spec.shape)[:8]}; the run needs {list(shape)}")
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    # One pass over the data: a sum is finite unless an element is not, or the sum overflows.
+    if not math.isfinite(tensor.sum().item()) and not bool(torch.isfinite(tensor).all()):
+        raise WireError(f"{name}: NaN or infinite values; lower the learning rate or check the data")
+
+
+def _cut(kind: type[Head], head: Mapping[str, Any], tensors: Sequence[Tensor]) -> Iterator[Piece[Head]]:
+    """Pieces of equal size of about a megabyte; the first has the head."""
+    views = [tensor.reshape(-1).view(torch.uint8).numpy().data for tensor in tensors]
+    total = sum(view.nbytes for view in views)
+    size = math.ceil(total / max(1, round(total / PIECE_BYTES)))
+    message = kind(**head)
+    for chunks in _chunks(views, size):
+        yield Piece(message, chunks)
+        message = kind()
+    if total == 0:
+        yield Piece(message)
+
+
+def _chunks(views: Sequence[memoryview], size: int) -> Iterator[list[memoryview]]:
+    chunks: list[memoryview] = []
+    room = size
+    for view in views:
+        while view.nbytes:
+            chunk, view = view[:room], view[room:]
+            chunks.append(chunk)
+            room -= chunk.nbytes
+            if room == 0:
+                yield chunks
+                chunks, room = [], size
+    if chunks:
+        yield chunks
+
+
+def _assemble(first: Piece[Any], rest: Iterator[Piece[Any]], specs: Sequence[Spec]) -> list[Tensor]:
+    """The tensors of a frame: views of one buffer, which the pieces fill."""
+    sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in specs]
+    buffer = _fill(first, rest, sum(sizes))
+    tensors = []
+    for (dtype, shape), part in zip(specs, buffer.split(sizes), strict=True):
+        aligned = part if part.storage_offset() % dtype.itemsize == 0 else part.clone()
+        tensors.append(aligned.view(dtype).view(shape))
+    return tensors
+
+
+def _fill(piece: Piece[Any], rest: Iterator[Piece[Any]], size: int) -> Tensor:
+    # Pinned where there is a GPU, so that the copy to it needs no second one.
+    buffer = torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    view, filled = buffer.numpy().data, 0
+    while True:
+        for chunk in piece.chunks:
+            if filled + chunk.nbytes > size:
+                raise WireError(f"a frame of {size} declared bytes has more than {filled + chunk.nbytes - 1}")
+            view[filled : filled + chunk.nbytes] = chunk
+            filled += chunk.nbytes
+        if filled == size:
+            return buffer
+        following = next(rest, None)
+        if following is None:
+            raise WireError(f"the stream ended {size - filled} bytes before the end of a frame of {size}")
+        if following.head.WhichOneof("head"):
+            raise WireError(f"a new frame began {size - filled} bytes before the end of one of {size}")
+        if not following.size:
+            raise WireError("a piece has neither head nor data")
+        piece = following

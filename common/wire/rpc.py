@@ -1,0 +1,89 @@
+"""The RPCs, by name: what each carries and how that becomes bytes.
+
+Ordinary messages are protobuf's own business; tensor streams travel as pieces. Reading gives a
+WireError as a value, not as an exception: gRPC turns an exception of a deserializer into INTERNAL,
+and a malformed message deserves INVALID_ARGUMENT. `judged` raises it where it can be answered.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from google.protobuf.message import DecodeError, Message
+
+from common.errors import WireError
+from common.wire import pieces
+from common.wire import split_learning_pb2 as pb
+from common.wire.pieces import Piece
+
+SERVICE: str = pb.DESCRIPTOR.services_by_name["SplitLearningService"].full_name
+VERSION = 1  # of the protocol; a range is agreed on at Join
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Rpc:
+    """request, response: message types. Whether each comes as a stream, and as pieces."""
+
+    name: str
+    request: type[Message]
+    response: type[Message]
+    requests_stream: bool = False
+    responses_stream: bool = False
+    requests_in_pieces: bool = False
+    responses_in_pieces: bool = False
+
+    @property
+    def path(self) -> str:
+        return f"/{SERVICE}/{self.name}"
+
+
+JOIN = Rpc("Join", pb.JoinRequest, pb.JoinResponse, responses_stream=True)
+STREAM_ACTIVATIONS = Rpc(
+    "StreamActivations",
+    pb.StreamActivationsRequest,
+    pb.StreamActivationsResponse,
+    requests_stream=True,
+    requests_in_pieces=True,
+)
+TRAIN = Rpc("Train", pb.TrainRequest, pb.TrainResponse, True, True, True, True)
+SYNC_WEIGHTS = Rpc("SyncWeights", pb.SyncWeightsRequest, pb.SyncWeightsResponse, True, True, True, True)
+EVALUATE = Rpc(
+    "Evaluate",
+    pb.EvaluateRequest,
+    pb.EvaluateResponse,
+    requests_stream=True,
+    requests_in_pieces=True,
+)
+LEAVE = Rpc("Leave", pb.LeaveRequest, pb.LeaveResponse)
+
+RPCS = (JOIN, STREAM_ACTIVATIONS, TRAIN, SYNC_WEIGHTS, EVALUATE, LEAVE)
+
+Write = Callable[[Any], bytes]
+Read = Callable[[bytes], Any]
+
+
+def writer(kind: type[Message], in_pieces: bool) -> Write:
+    return pieces.encode if in_pieces else kind.SerializeToString
+
+
+def reader(kind: type[Message], in_pieces: bool) -> Read:
+    """Gives a Piece or a message of this kind, or the WireError that says why it is none."""
+
+    def read(raw: bytes) -> Piece[Message] | Message | WireError:
+        try:
+            return pieces.decode(kind, raw) if in_pieces else kind.FromString(raw)
+        except WireError as error:
+            return error
+        except DecodeError as error:
+            return WireError(f"not a {kind.DESCRIPTOR.name}: {error}")
+
+    return read
+
+
+def judged(read: T | WireError) -> T:
+    """What was read. Raises the WireError if it was malformed."""
+    if isinstance(read, WireError):
+        raise read
+    return read

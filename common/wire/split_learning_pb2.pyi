@@ -1,0 +1,243 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class SyncPurpose(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SYNC_PURPOSE_UNSPECIFIED: _ClassVar[SyncPurpose]
+    SYNC_PURPOSE_AVERAGE: _ClassVar[SyncPurpose]
+    SYNC_PURPOSE_TAKE_TURN: _ClassVar[SyncPurpose]
+    SYNC_PURPOSE_END_TURN: _ClassVar[SyncPurpose]
+
+class Dtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DTYPE_UNSPECIFIED: _ClassVar[Dtype]
+    DTYPE_FLOAT32: _ClassVar[Dtype]
+    DTYPE_INT64: _ClassVar[Dtype]
+    DTYPE_UINT8: _ClassVar[Dtype]
+    DTYPE_UINT16: _ClassVar[Dtype]
+SYNC_PURPOSE_UNSPECIFIED: SyncPurpose
+SYNC_PURPOSE_AVERAGE: SyncPurpose
+SYNC_PURPOSE_TAKE_TURN: SyncPurpose
+SYNC_PURPOSE_END_TURN: SyncPurpose
+DTYPE_UNSPECIFIED: Dtype
+DTYPE_FLOAT32: Dtype
+DTYPE_INT64: Dtype
+DTYPE_UINT8: Dtype
+DTYPE_UINT16: Dtype
+
+class JoinRequest(_message.Message):
+    __slots__ = ("oldest_version", "newest_version", "name")
+    OLDEST_VERSION_FIELD_NUMBER: _ClassVar[int]
+    NEWEST_VERSION_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    oldest_version: int
+    newest_version: int
+    name: str
+    def __init__(self, oldest_version: _Optional[int] = ..., newest_version: _Optional[int] = ..., name: _Optional[str] = ...) -> None: ...
+
+class JoinResponse(_message.Message):
+    __slots__ = ("welcome",)
+    WELCOME_FIELD_NUMBER: _ClassVar[int]
+    welcome: Welcome
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ...) -> None: ...
+
+class Welcome(_message.Message):
+    __slots__ = ("version", "run", "client", "session")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    run: str
+    client: int
+    session: str
+    def __init__(self, version: _Optional[int] = ..., run: _Optional[str] = ..., client: _Optional[int] = ..., session: _Optional[str] = ...) -> None: ...
+
+class Segment(_message.Message):
+    __slots__ = ("session", "epoch", "first_sequence", "batches", "samples")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    FIRST_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    BATCHES_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    epoch: int
+    first_sequence: int
+    batches: int
+    samples: int
+    def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., first_sequence: _Optional[int] = ..., batches: _Optional[int] = ..., samples: _Optional[int] = ...) -> None: ...
+
+class Batch(_message.Message):
+    __slots__ = ("sequence", "activations", "labels")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    ACTIVATIONS_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    activations: TensorSpec
+    labels: TensorSpec
+    def __init__(self, sequence: _Optional[int] = ..., activations: _Optional[_Union[TensorSpec, _Mapping]] = ..., labels: _Optional[_Union[TensorSpec, _Mapping]] = ...) -> None: ...
+
+class Gradient(_message.Message):
+    __slots__ = ("sequence", "gradient", "loss")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    gradient: TensorSpec
+    loss: float
+    def __init__(self, sequence: _Optional[int] = ..., gradient: _Optional[_Union[TensorSpec, _Mapping]] = ..., loss: _Optional[float] = ...) -> None: ...
+
+class Weights(_message.Message):
+    __slots__ = ("session", "epoch", "purpose", "samples", "tensors")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    PURPOSE_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    epoch: int
+    purpose: SyncPurpose
+    samples: int
+    tensors: _containers.RepeatedCompositeFieldContainer[NamedTensorSpec]
+    def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., purpose: _Optional[_Union[SyncPurpose, str]] = ..., samples: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[NamedTensorSpec, _Mapping]]] = ...) -> None: ...
+
+class TensorSpec(_message.Message):
+    __slots__ = ("dtype", "shape")
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    dtype: Dtype
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, dtype: _Optional[_Union[Dtype, str]] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class NamedTensorSpec(_message.Message):
+    __slots__ = ("name", "spec")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    spec: TensorSpec
+    def __init__(self, name: _Optional[str] = ..., spec: _Optional[_Union[TensorSpec, _Mapping]] = ...) -> None: ...
+
+class StreamActivationsRequest(_message.Message):
+    __slots__ = ("segment", "batch", "data")
+    SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    segment: Segment
+    batch: Batch
+    data: bytes
+    def __init__(self, segment: _Optional[_Union[Segment, _Mapping]] = ..., batch: _Optional[_Union[Batch, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class StreamActivationsResponse(_message.Message):
+    __slots__ = ("applied",)
+    APPLIED_FIELD_NUMBER: _ClassVar[int]
+    applied: int
+    def __init__(self, applied: _Optional[int] = ...) -> None: ...
+
+class TrainRequest(_message.Message):
+    __slots__ = ("segment", "batch", "data")
+    SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    segment: Segment
+    batch: Batch
+    data: bytes
+    def __init__(self, segment: _Optional[_Union[Segment, _Mapping]] = ..., batch: _Optional[_Union[Batch, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class TrainResponse(_message.Message):
+    __slots__ = ("gradient", "data")
+    GRADIENT_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    gradient: Gradient
+    data: bytes
+    def __init__(self, gradient: _Optional[_Union[Gradient, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class SyncWeightsRequest(_message.Message):
+    __slots__ = ("weights", "data")
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    weights: Weights
+    data: bytes
+    def __init__(self, weights: _Optional[_Union[Weights, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class SyncWeightsResponse(_message.Message):
+    __slots__ = ("weights", "data")
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    weights: Weights
+    data: bytes
+    def __init__(self, weights: _Optional[_Union[Weights, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class Evaluation(_message.Message):
+    __slots__ = ("session", "epoch", "after_sequence")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    AFTER_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    epoch: int
+    after_sequence: int
+    def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., after_sequence: _Optional[int] = ...) -> None: ...
+
+class HeadScore(_message.Message):
+    __slots__ = ("correct", "train_loss")
+    CORRECT_FIELD_NUMBER: _ClassVar[int]
+    TRAIN_LOSS_FIELD_NUMBER: _ClassVar[int]
+    correct: int
+    train_loss: float
+    def __init__(self, correct: _Optional[int] = ..., train_loss: _Optional[float] = ...) -> None: ...
+
+class EvaluateRequest(_message.Message):
+    __slots__ = ("evaluation", "batch", "head_score", "data")
+    EVALUATION_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    HEAD_SCORE_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    evaluation: Evaluation
+    batch: Batch
+    head_score: HeadScore
+    data: bytes
+    def __init__(self, evaluation: _Optional[_Union[Evaluation, _Mapping]] = ..., batch: _Optional[_Union[Batch, _Mapping]] = ..., head_score: _Optional[_Union[HeadScore, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class EvaluateResponse(_message.Message):
+    __slots__ = ("samples", "correct", "loss")
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    CORRECT_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    samples: int
+    correct: int
+    loss: float
+    def __init__(self, samples: _Optional[int] = ..., correct: _Optional[int] = ..., loss: _Optional[float] = ...) -> None: ...
+
+class LeaveRequest(_message.Message):
+    __slots__ = ("session", "measurements", "failure")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    MEASUREMENTS_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    measurements: Measurements
+    failure: str
+    def __init__(self, session: _Optional[str] = ..., measurements: _Optional[_Union[Measurements, _Mapping]] = ..., failure: _Optional[str] = ...) -> None: ...
+
+class LeaveResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Measurements(_message.Message):
+    __slots__ = ("seconds", "peak_bytes")
+    class SecondsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    seconds: _containers.ScalarMap[str, float]
+    peak_bytes: int
+    def __init__(self, seconds: _Optional[_Mapping[str, float]] = ..., peak_bytes: _Optional[int] = ...) -> None: ...

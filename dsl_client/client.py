@@ -1,0 +1,111 @@
+"""A client, put together: joins, reads its data, trains its part, leaves."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import checkpoint
+from common.errors import SplitLearningError
+from common.meter import Clock, Traffic, peak_bytes
+from common.methods import build_method
+from common.nets.cut import build
+from common.parts import client_part
+from common.run import Run
+from common.rundir import RunFolder
+from common.wire import split_learning_pb2 as pb
+from common.wire.codec import BatchSpec
+from dsl_client import data
+from dsl_client.batches import Batches, Indices, partition
+from dsl_client.connection import Connection
+from dsl_client.trainer import Scored, Step, Trainer
+
+
+class Client:
+    """`source`: where the data is, if not where the run says."""
+
+    def __init__(self, target: str, name: str, device: torch.device, source: str | None = None) -> None:
+        self._name, self._device, self._source = name, device, source
+        self.traffic, self._clock = Traffic(), Clock()
+        self._connection = Connection(target, self.traffic, self._clock)
+        self.index = -1
+
+    def join(self, patience: float) -> Run:
+        """The run that this client is now a member of. Raises RefusedError or ClosedError."""
+        welcome = self._connection.join(self._name, patience)
+        self.run, self.index = Run.from_json(welcome.run), welcome.client
+        return self.run
+
+    def train(
+        self,
+        out: Path | None,
+        on_step: Callable[[Step], None] = lambda _: None,
+        on_scored: Callable[[Scored], None] = lambda _: None,
+    ) -> Path:
+        """From the data to the goodbye; the folder with all that is left. Raises the reason of a failure."""
+        run, method = self.run, build_method(self.run.method)
+        folder = RunFolder(out, run, f"client-{self.index}")
+        net = build(run)
+        self.part = client_part(run, method, net, self._device)
+        for module in self.part.modules.values():
+            self._clock.module("forward", module)
+        spec = BatchSpec(net.cut_shape, run.batch_size, run.class_count)
+        train, test = self._batches()
+
+        def scored(score: Scored) -> None:
+            folder.add_metrics(asdict(score))
+            on_scored(score)
+
+        trainer = Trainer(run, self.index, method, self.part, self._connection, spec, self._clock)
+        trainer.train(train, test, on_step, scored)
+        measured = measurements(self._clock, self._device)
+        self._connection.leave(measured)
+        checkpoint.save(folder.path / "checkpoint", self.part, {"run": asdict(run), "client": self.index})
+        folder.write_summary(
+            {
+                "client": self.index,
+                "samples": train.samples * run.epochs,
+                "wire": self.traffic.by_kind(),
+                "seconds": dict(measured.seconds),
+                "peak_bytes": measured.peak_bytes,
+            }
+        )
+        return folder.path
+
+    def close(self, failure: SplitLearningError | str = "") -> None:
+        """Ends the membership; tells the server of a failure."""
+        self._connection.close(str(failure))
+
+    def _batches(self) -> tuple[Batches, Batches]:
+        run, size = self.run, self.run.batch_size
+        train, test = data.load(self._source or run.data, run.image_shape, run.class_count)
+        mine = None
+        if run.partition != "own":
+            mine = partition(train.labels, run.partition, run.clients, run.seed)[self.index]
+        return (
+            Batches(
+                train,
+                mine,
+                size,
+                seed=run.seed,
+                client=self.index,
+                augment=run.augment,
+                device=self._device,
+            ),
+            Batches(test, self._test_share(len(test)), size, seed=0, shuffle=False, device=self._device),
+        )
+
+    def _test_share(self, samples: int) -> Indices | None:
+        """Clients with one and the same part and test set share the work of scoring it."""
+        if self.run.sync != "average" or self.run.partition == "own":
+            return None
+        return np.arange(self.index, samples, self.run.clients)
+
+
+def measurements(clock: Clock, device: torch.device) -> pb.Measurements:
+    """What this process measured. `backward` is what a step took beside its forward passes and waits."""
+    seconds = clock.seconds("forward", "backward", "encode", "wait", "step")
+    seconds["backward"] = max(0.0, seconds.pop("step") - seconds["forward"] - seconds["wait"])
+    return pb.Measurements(seconds=seconds, peak_bytes=peak_bytes(device))

@@ -1,0 +1,141 @@
+"""The client's connection: its membership of the run, and the calls that a member makes."""
+
+import threading
+from typing import Any
+
+import grpc
+
+from common.errors import ClosedError, SplitLearningError
+from common.meter import Clock, Traffic
+from common.parts import Spec, State
+from common.wire import codec, rpc
+from common.wire import split_learning_pb2 as pb
+from common.wire.codec import BatchSpec
+from common.wire.options import SLACK_BYTES, client_options
+from common.wire.pieces import PIECE_BYTES
+from dsl_client.stream import Examination, Segment, following, telling, told
+
+ANSWER_S = 30.0  # for Join's and Leave's answer, once connected
+
+
+class Connection:
+    """`target`: host:port. Nothing is sent before `join`."""
+
+    def __init__(self, target: str, traffic: Traffic, clock: Clock) -> None:
+        self._channel = grpc.insecure_channel(target, client_options(2 * PIECE_BYTES + SLACK_BYTES))
+        self._target, self._clock = target, clock
+        self._calls = {which: self._prepared(which, traffic) for which in rpc.RPCS}
+        self._segments: list[Segment] = []
+        self._leaving = False
+        self._over: SplitLearningError | None = None
+        self._session, self._depth = "", 1
+
+    def join(self, name: str, patience: float) -> pb.Welcome:
+        """Waits up to `patience` seconds for the server. Raises RefusedError or ClosedError."""
+        try:
+            grpc.channel_ready_future(self._channel).result(patience)
+        except grpc.FutureTimeoutError:
+            raise ClosedError(
+                f"no server at {self._target} within {patience:g} s; is dsl-server running there and the "
+                "port open? --patience waits longer"
+            ) from None
+        request = pb.JoinRequest(oldest_version=rpc.VERSION, newest_version=rpc.VERSION, name=name)
+        membership = self._calls[rpc.JOIN](request)
+        late = threading.Timer(ANSWER_S, membership.cancel)
+        late.start()
+        with telling():
+            welcome: pb.Welcome = following(membership).welcome
+        late.cancel()
+        self._session = welcome.session
+        threading.Thread(target=self._watch, args=[membership], name="membership", daemon=True).start()
+        return welcome
+
+    def segment(
+        self,
+        epoch: int,
+        first_sequence: int,
+        batches: int,
+        samples: int,
+        spec: BatchSpec,
+        answers: bool,
+        depth: int,
+    ) -> Segment:
+        """Opens a segment. Waits for the receipt of the one before the last, and for no other."""
+        while len(self._segments) > 1:
+            self._segments.pop(0).receipt()
+        opening = pb.Segment(
+            session=self._session,
+            epoch=epoch,
+            first_sequence=first_sequence,
+            batches=batches,
+            samples=samples,
+        )
+        start = self._calls[rpc.TRAIN] if answers else self._calls[rpc.STREAM_ACTIVATIONS].future
+        segment = Segment(start, opening, spec, answers, depth, self._clock)
+        self._segments.append(segment)
+        if self._over:
+            segment.fail(self._over)
+        return segment
+
+    def evaluation(self, epoch: int, after_sequence: int, spec: BatchSpec, depth: int) -> Examination:
+        """Opens an evaluation of the network as it is after this client's batch of that number."""
+        opening = pb.Evaluation(session=self._session, epoch=epoch, after_sequence=after_sequence)
+        return Examination(self._calls[rpc.EVALUATE].future, opening, spec, depth, self._clock)
+
+    def sync(
+        self, purpose: pb.SyncPurpose, epoch: int, state: State, samples: int, specs: dict[str, Spec]
+    ) -> State:
+        """Gives a part, or none, and gets one, or none: see SyncPurpose. Waits for the other clients."""
+        head = pb.Weights(session=self._session, epoch=epoch, purpose=purpose, samples=samples)
+        with telling(), self._clock("wait"):
+            responses = self._calls[rpc.SYNC_WEIGHTS](codec.pack_weights(pb.SyncWeightsRequest, head, state))
+            first = following(responses)
+            return codec.unpack_weights(first, map(rpc.judged, responses), specs)[1]
+
+    def settle(self) -> None:
+        """Waits until the server has trained on all that was sent."""
+        while self._segments:
+            self._segments.pop(0).receipt()
+
+    def leave(self, measurements: pb.Measurements) -> None:
+        """Says goodbye, once all is settled."""
+        self.settle()
+        self._leaving = True
+        request = pb.LeaveRequest(session=self._session, measurements=measurements)
+        with telling():
+            self._calls[rpc.LEAVE](request, timeout=ANSWER_S)
+
+    def close(self, failure: str = "") -> None:
+        """Ends the membership. A failure is told to the server if it is still there."""
+        if failure and self._session and not self._over:
+            try:
+                request = pb.LeaveRequest(session=self._session, failure=failure)
+                self._calls[rpc.LEAVE](request, timeout=2)
+            except grpc.RpcError:
+                pass  # it has gone, or does not know us: there is no one to tell
+        for segment in self._segments:
+            segment.fail(ClosedError(failure or "this client has left the run"))
+        self._channel.close()
+
+    def _prepared(self, which: rpc.Rpc, traffic: Traffic) -> Any:
+        kind = "stream" if which.requests_stream else "unary"
+        kind += "_stream" if which.responses_stream else "_unary"
+        write = rpc.writer(which.request, which.requests_in_pieces)
+        read = rpc.reader(which.response, which.responses_in_pieces)
+        return getattr(self._channel, kind)(
+            which.path,
+            request_serializer=traffic.writing(which, "up", self._clock.function("encode", write)),
+            response_deserializer=traffic.reading(which, "down", read),
+        )
+
+    def _watch(self, membership: Any) -> None:
+        try:
+            for _ in membership:
+                pass
+            over: SplitLearningError = ClosedError("the server ended this client's membership")
+        except grpc.RpcError as error:
+            over = told(error)
+        if not self._leaving:
+            self._over = over
+            for segment in list(self._segments):
+                segment.fail(over)

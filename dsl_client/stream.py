@@ -1,0 +1,158 @@
+"""The client's end of a stream: a segment of batches, seen as a function of one batch.
+
+    compute thread                          gRPC's thread
+    segment(smashed) -> outbox (bounded) -> pack -> pieces -> network
+                     <- gradient, if the method answers one
+
+Sending never holds up the compute thread until the outbox is full. Whatever ends a call closes its
+outbox with the reason, so that a client which is answered nothing still learns that it is alone.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import grpc
+from torch import Tensor
+
+from common.channel import Channel
+from common.errors import ClosedError, FullError, RefusedError, SplitLearningError, WireError
+from common.meter import Clock
+from common.methods.base import Smashed
+from common.wire import codec
+from common.wire import split_learning_pb2 as pb
+from common.wire.codec import BatchSpec
+from common.wire.pieces import Piece
+from common.wire.rpc import judged
+
+T = TypeVar("T")
+Pieces = Iterator[Piece[Any]]
+Call = Callable[[Pieces], Any]  # starts a call; its requests are pulled as they can be sent
+
+_ERRORS: dict[grpc.StatusCode, type[SplitLearningError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: WireError,
+    grpc.StatusCode.ABORTED: WireError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: FullError,
+    grpc.StatusCode.FAILED_PRECONDITION: RefusedError,
+}
+
+
+def told(error: Any) -> SplitLearningError:
+    """An RPC's failure as an error of ours, in one line."""
+    code, details = error.code(), " ".join(str(error.details()).split())
+    if code in _ERRORS:
+        return _ERRORS[code](details)
+    return ClosedError(f"the server went away ({code.name}: {details})")
+
+
+@contextmanager
+def telling() -> Iterator[None]:
+    """Within it, gRPC's errors are raised as ours."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise told(error) from None
+
+
+class Outgoing:
+    """A call whose frames are put one by one; gRPC's thread packs and sends them meanwhile."""
+
+    def __init__(self, start: Call, opening: Piece[Any], depth: int, clock: Clock) -> None:
+        self._outbox = Channel[Pieces](depth)
+        self._opening, self._clock = opening, clock
+        self.call = start(self._requests())
+        self.call.add_callback(self._ended)
+
+    def put(self, pieces: Pieces) -> None:
+        """Waits while the outbox is full. Raises the reason once the call is over."""
+        self._outbox.put(pieces)
+
+    def finish(self) -> None:
+        """No more frames: the server reads the stream's end after the last one."""
+        self.fail(ClosedError("this stream is finished"))
+
+    def fail(self, reason: SplitLearningError) -> None:
+        self._outbox.close(reason)
+
+    def _requests(self) -> Pieces:
+        yield self._opening
+        for pieces in self._outbox:
+            yield from self._clock.iterator("encode", pieces)
+
+    def _ended(self) -> None:
+        ok = self.call.code() is grpc.StatusCode.OK
+        self.fail(ClosedError("the server closed the stream") if ok else told(self.call))
+
+
+class Segment:
+    """One client's batches of one epoch. Call it with each; it gives dL/dz (B, C, H, W), or None."""
+
+    def __init__(
+        self, start: Call, opening: pb.Segment, spec: BatchSpec, answers: bool, depth: int, clock: Clock
+    ) -> None:
+        self._kind = pb.TrainRequest if answers else pb.StreamActivationsRequest
+        self._spec, self._answers, self._clock = spec, answers, clock
+        self._sequence = opening.first_sequence - 1
+        self._stream = Outgoing(start, Piece(self._kind(segment=opening)), depth, clock)
+        self.server_loss: float | None = None  # of the last batch that was answered
+
+    def __call__(self, smashed: Smashed) -> Tensor | None:
+        self._sequence += 1
+        with self._clock("wait"):
+            self._stream.put(codec.pack_batch(self._kind, self._sequence, smashed, self._spec))
+            return self._answer(smashed) if self._answers else None
+
+    def finish(self) -> None:
+        """Ends the segment; does not wait for its receipt."""
+        self._stream.finish()
+
+    def fail(self, reason: SplitLearningError) -> None:
+        self._stream.fail(reason)
+
+    def receipt(self) -> None:
+        """Waits until the server has trained on all of it. Raises why it has not."""
+        with telling():
+            if self._answers:
+                for _ in self._stream.call:
+                    raise WireError("the server answered a batch that was not sent")
+            else:
+                judged(self._stream.call.result())
+
+    def _answer(self, smashed: Smashed) -> Tensor:
+        with telling():
+            first = following(self._stream.call)
+            rest = map(judged, self._stream.call)
+            shape = tuple(smashed.z.shape)
+            gradient, self.server_loss = codec.unpack_gradient(first, rest, self._sequence, shape)
+        return gradient.to(smashed.z.device)
+
+
+class Examination:
+    """Test batches to be scored by the joined network."""
+
+    def __init__(
+        self, start: Call, opening: pb.Evaluation, spec: BatchSpec, depth: int, clock: Clock
+    ) -> None:
+        self._spec, self._sequence = spec, 0
+        self._stream = Outgoing(start, Piece(pb.EvaluateRequest(evaluation=opening)), depth, clock)
+
+    def __call__(self, smashed: Smashed) -> None:
+        self._sequence += 1
+        self._stream.put(codec.pack_batch(pb.EvaluateRequest, self._sequence, smashed, self._spec))
+
+    def finish(self, head_score: pb.HeadScore | None) -> pb.EvaluateResponse:
+        """The score, once the server has made it; `head_score`: what the client's own head got."""
+        if head_score is not None:
+            self._stream.put(iter([Piece(pb.EvaluateRequest(head_score=head_score))]))
+        self._stream.finish()
+        with telling():
+            response: pb.EvaluateResponse = judged(self._stream.call.result())
+        return response
+
+
+def following(responses: Iterator[T | WireError]) -> T:
+    """The next response. Raises ClosedError where there is none."""
+    try:
+        return judged(next(responses))
+    except StopIteration:
+        raise ClosedError("the server closed the stream before it answered") from None

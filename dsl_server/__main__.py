@@ -1,0 +1,136 @@
+"""dsl-server: holds the top of the network and learns from the activations that clients send."""
+
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from common import cli
+from common.errors import ClosedError, ConfigError
+from common.progress import Progress, megabytes
+from common.run import Run, defaults_from
+
+PROGRAM = "dsl-server"
+DESCRIPTION = """Holds the top of a network that is cut in two, and the description of the run.
+Clients (dsl-client) hold the bottom and the data; they receive all else from here."""
+
+
+@dataclass(frozen=True)
+class Options:
+    run: tyro.conf.OmitArgPrefixes[Run] = field(default_factory=Run)
+    config: Path | None = None
+    """A TOML file with any of the run's settings by their names; flags win."""
+    listen: str = "127.0.0.1:50051"
+    """Address and port to listen on; 0.0.0.0:50051 for clients on other machines, port 0 for any."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda or cuda:N."""
+    out: Path | None = None
+    """Where run.json, metrics.jsonl, checkpoint/ and summary.json go. Default: runs/<time>-<name>-server."""
+    print_config: bool = False
+    """Print the run's settings as TOML, and end."""
+
+
+def main() -> None:
+    cli.prepare()
+    sys.exit(cli.run_to_the_end(PROGRAM, lambda: _main(sys.argv[1:])))
+
+
+def _main(arguments: list[str]) -> int:
+    early = {flag: _value_of(flag, arguments) for flag in ("--config", "--recipe")}
+    file = Path(early["--config"]) if early["--config"] else None
+    default = Options(run=defaults_from(file, early["--recipe"]), config=file)
+    options = cli.parse(Options, arguments, default, PROGRAM, DESCRIPTION)
+    if options.print_config:
+        print(_toml(options.run), end="")
+        return 0
+    return _serve(options)
+
+
+def _serve(options: Options) -> int:
+    from common.rundir import RunFolder  # these import torch
+    from dsl_server.server import Server
+
+    run = options.run
+    device = cli.device_of(options.device)
+    folder = RunFolder(options.out, run, "server")
+    server = Server(run, options.listen, device, folder)
+    stopping = ClosedError("the run is over")
+    with Progress(PROGRAM) as progress:
+        progress.log(_greeting(options, server.port, str(device)))
+        server.start()
+        try:
+            while not server.wait(timeout=0.2):
+                progress.show(_line(server))
+            summary = server.finish()
+        except cli.Stopped as stopped:
+            stopping = ClosedError(f"the server was stopped ({stopped})")
+            raise
+        finally:
+            server.stop(stopping)
+        progress.log(_result(summary, folder.path))
+    return 0
+
+
+def _greeting(options: Options, port: int, device: str) -> str:
+    run = options.run
+    host = options.listen.rpartition(":")[0]
+    host = "THIS-HOST" if host in ("0.0.0.0", "[::]") else host
+    return (
+        f"{run.method} on {run.model} cut at {run.split}, {device}, listening on {options.listen}; "
+        f"waiting for {run.clients} client{'s' if run.clients > 1 else ''}: "
+        f"dsl-client --server {host}:{port}"
+    )
+
+
+def _line(server: Any) -> str:
+    record, run = server.record, server.run
+    here = len(server.rounds.members())
+    accuracy = record.test["accuracy"]
+    return "  ".join(
+        [
+            f"clients {here}/{run.clients}",
+            f"{record.samples_trained:,} samples",
+            f"{record.samples_trained / max(record.seconds, 1e-9):,.0f}/s",
+            f"loss {record.loss:.3f}",
+            f"accuracy {accuracy:.3f}" if accuracy is not None else "accuracy –",
+            f"up {megabytes(server.traffic.total('up'))}",
+            f"down {megabytes(server.traffic.total('down'))}",
+        ]
+    )
+
+
+def _result(summary: dict[str, Any], folder: Path) -> str:
+    accuracy = summary["test"]["accuracy"]
+    scored = f"accuracy {accuracy:.4f}" if accuracy is not None else "not scored"
+    return (
+        f"finished: {summary['samples_trained']:,} samples in {summary['seconds']['wall']:.1f} s, "
+        f"{scored}; everything in {folder}"
+    )
+
+
+def _value_of(flag: str, arguments: list[str]) -> str | None:
+    """A flag's value, read before the others, for it sets their defaults."""
+    for index, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == flag:
+            if equals:
+                return value
+            if index + 1 < len(arguments):
+                return arguments[index + 1]
+            raise ConfigError(f"{flag} needs a value")
+    return None
+
+
+def _toml(run: Run) -> str:
+    lines = []
+    for setting in fields(run):
+        value = getattr(run, setting.name)
+        text = str(value).lower() if isinstance(value, bool) else repr(value).replace("'", '"')
+        lines.append(f"{setting.name} = {text.replace('(', '[').replace(')', ']')}\n")
+    return "".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""The server's queue: batches go in from many streams, groups come out to one trainer.
+
+Each client has a lane, bounded: a stream whose lane is full waits, gRPC's flow control passes the
+wait on to that client, and so the slowest part of the system sets its pace while memory stays flat.
+
+How the lanes are served:
+
+* as they come: one batch from each lane that has any, round and round, so that no client is
+  starved by another;
+* in fixed order: a tick waits until every lane that is still in the epoch has something, then takes
+  one batch from each, by client index. The order depends on the data alone, so runs repeat.
+  Evaluations happen between epochs. `gather=ALL` needs this; its tick is one group.
+
+    lane 0  | b b b End |b b b End          tick 1: 0 1 2   tick 2: 0 1 2   tick 3: 0 2
+    lane 1  | b b End ·  ·|b b End                                          (1 waits for the epoch's end)
+    lane 2  | b b b End |b b b End
+"""
+
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from common.errors import ClosedError
+from common.methods.base import Gather, Smashed
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the trainer answers a batch with: dL/dz if the method has one, and the loss."""
+
+    gradient: Tensor | None
+    loss: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """One client's batch to train on, and the place where its answer will appear.
+
+    progress: the fraction of the run that lies before it, which sets the learning rate.
+    """
+
+    client: int
+    sequence: int
+    smashed: Smashed
+    progress: float
+    answer: Future[Trained] = field(default_factory=Future)
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a batch of test images was classified."""
+
+    correct: int
+    loss: float  # summed over the batch
+
+
+@dataclass(frozen=True)
+class Exam:
+    """One client's batch to score, and the place where its score will appear."""
+
+    client: int
+    smashed: Smashed
+    answer: Future[Score] = field(default_factory=Future)
+
+
+@dataclass(frozen=True)
+class EpochEnd:
+    """No more batches from this client in this epoch."""
+
+    client: int
+
+
+Item = Job | Exam | EpochEnd
+
+
+class Inbox:
+    def __init__(self, clients: int, depth: int, fixed_order: bool, gather: Gather = Gather.EACH) -> None:
+        self._lanes: list[deque[Item]] = [deque() for _ in range(clients)]
+        self._members = set(range(clients))  # those that have not left
+        self._in_epoch = set(range(clients))  # those that have batches left, in fixed order
+        self._depth = depth
+        self._fixed_order = fixed_order or gather is Gather.ALL
+        self._gather = gather
+        self._closed: ClosedError | None = None
+        self._changed = threading.Condition()
+
+    def put(self, item: Item) -> None:
+        """Adds to the client's lane; waits while it is full. Raises why the inbox was closed."""
+        lane = self._lanes[item.client]
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or len(lane) < self._depth)
+            if self._closed:
+                raise self._closed
+            lane.append(item)
+            self._changed.notify_all()
+
+    def leave(self, client: int) -> None:
+        """The client has nothing more to send; what it sent is still served."""
+        with self._changed:
+            self._members.discard(client)
+            self._changed.notify_all()
+
+    def close(self, reason: ClosedError) -> None:
+        """Wakes everyone: `put` raises the reason from now on, and so does every waiting answer."""
+        with self._changed:
+            self._closed = self._closed or reason
+            left = [item for lane in self._lanes for item in lane]
+            for lane in self._lanes:
+                lane.clear()
+            self._changed.notify_all()
+        for item in left:
+            if not isinstance(item, EpochEnd):
+                item.answer.set_exception(self._closed)
+
+    def __iter__(self) -> Iterator[Sequence[Job] | Exam]:
+        """Groups to train on and batches to score, until every member has left or it is closed."""
+        while True:
+            tick = self._take()
+            if not tick:
+                return
+            jobs = [item for item in tick if isinstance(item, Job)]
+            yield from (item for item in tick if isinstance(item, Exam))
+            if self._gather is Gather.ALL and jobs:
+                yield jobs
+            else:
+                yield from ([job] for job in jobs)
+
+    def _take(self) -> list[Item]:
+        with self._changed:
+            while True:
+                self._changed.wait_for(self._ready)
+                if self._closed or not self._active():
+                    return []
+                taken = self._in_order() if self._fixed_order else self._as_they_come()
+                self._changed.notify_all()
+                if taken:
+                    return taken
+
+    def _active(self) -> list[int]:
+        """Clients with something in their lane or still to come."""
+        return [c for c, lane in enumerate(self._lanes) if lane or c in self._members]
+
+    def _ready(self) -> bool:
+        if self._closed:
+            return True
+        active = self._active()
+        if not self._fixed_order:
+            return not active or any(self._lanes[c] for c in active)
+        return all(self._lanes[c] for c in active if c in self._in_epoch)
+
+    def _as_they_come(self) -> list[Item]:
+        heads = [lane.popleft() for lane in self._lanes if lane]
+        return [item for item in heads if not isinstance(item, EpochEnd)]
+
+    def _in_order(self) -> list[Item]:
+        """One step of the fixed order: ends of epochs first, then evaluations, then batches."""
+        self._in_epoch &= set(self._active())
+        if not self._in_epoch:
+            self._in_epoch = set(self._active())
+            return []
+        lanes = [self._lanes[c] for c in sorted(self._in_epoch)]
+        ended = [lane for lane in lanes if isinstance(lane[0], EpochEnd)]
+        exams = [lane for lane in lanes if isinstance(lane[0], Exam)]
+        taken = [lane.popleft() for lane in ended or exams or lanes]
+        if ended:
+            self._in_epoch -= {item.client for item in taken}
+            return []
+        return taken

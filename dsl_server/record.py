@@ -1,0 +1,145 @@
+"""What the run has come to: counts, losses, scores; a line for each evaluation, a summary at the end."""
+
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from common.meter import Clock, Traffic, peak_bytes
+from common.methods.base import Method
+from common.nets.heads import Shape
+from common.run import Run
+from common.rundir import RunFolder
+from common.wire import split_learning_pb2 as pb
+from dsl_server.kernel import Sockets
+
+_CLIENT_PHASES = ("forward", "backward", "encode", "wait")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One client's: how many of its test images the joined network, and its own head, got right."""
+
+    samples: int
+    correct: int
+    loss: float  # mean
+    head_correct: int | None = None
+    client_loss: float | None = None
+
+
+class Record:
+    def __init__(
+        self,
+        run: Run,
+        method: Method,
+        cut_shape: Shape,
+        folder: RunFolder,
+        traffic: Traffic,
+        clock: Clock,
+        device: torch.device,
+    ) -> None:
+        self._run, self._method, self._cut_shape = run, method, cut_shape
+        self._folder, self._traffic, self._clock, self._device = folder, traffic, clock, device
+        self._start = time.perf_counter()
+        self._lock = threading.Lock()
+        self._epochs: dict[int, list[Evaluation]] = {}
+        self._measurements: list[pb.Measurements] = []
+        self._loss_sum, self._loss_samples = 0.0, 0
+        self.samples_trained = 0
+        self.loss = float("nan")
+        self.test: dict[str, float | None] = {"accuracy": None, "loss": None, "client_only_accuracy": None}
+
+    @property
+    def evaluators(self) -> int:
+        """How many clients score the test set after an epoch: with relayed parts, who has the part."""
+        return 1 if self._run.sync == "relay" else self._run.clients
+
+    @property
+    def seconds(self) -> float:
+        """Since the first client joined."""
+        return time.perf_counter() - self._start
+
+    def begin(self) -> None:
+        self._start = time.perf_counter()
+
+    def trained(self, samples: int, loss: float) -> None:
+        with self._lock:
+            self.samples_trained += samples
+            self.loss = loss if self._loss_samples == 0 else 0.95 * self.loss + 0.05 * loss
+            self._loss_sum += samples * loss
+            self._loss_samples += samples
+
+    def evaluated(self, epoch: int, evaluation: Evaluation) -> None:
+        """Adds one client's evaluation; the last of an epoch makes its line in metrics.jsonl."""
+        with self._lock:
+            evaluations = self._epochs.setdefault(epoch, [])
+            evaluations.append(evaluation)
+            if len(evaluations) == self.evaluators:
+                self._write_line(epoch, evaluations)
+
+    def left(self, measurements: pb.Measurements) -> None:
+        with self._lock:
+            self._measurements.append(measurements)
+
+    def write_summary(self, sockets: Sockets) -> dict[str, Any]:
+        """Writes and returns summary.json: docs/architecture.md has its meaning line by line."""
+        run = self._run
+        summary = {
+            "method": run.method,
+            "model": run.model,
+            "split": run.split,
+            "cut_shape": list(self._cut_shape),
+            "clients": run.clients,
+            "epochs": run.epochs,
+            "seed": run.seed,
+            "samples_trained": self.samples_trained,
+            "test": self.test,
+            "wire": {**self._traffic.by_kind(), "socket": sockets.counts()},
+            "seconds": {"wall": self.seconds, "client": self._client_seconds(), "server": self._seconds()},
+            "peak_bytes": {
+                "client": max((m.peak_bytes for m in self._measurements), default=0),
+                "server": peak_bytes(self._device),
+            },
+        }
+        self._folder.write_summary(summary)
+        return summary
+
+    def _client_seconds(self) -> dict[str, float]:
+        n = max(1, len(self._measurements))
+        return {phase: sum(m.seconds[phase] for m in self._measurements) / n for phase in _CLIENT_PHASES}
+
+    def _seconds(self) -> dict[str, float]:
+        seconds = self._clock.seconds("forward", "step", "decode", "idle")
+        backward = seconds.pop("step") - seconds["forward"]
+        return {"forward": seconds["forward"], "backward": backward, **seconds}
+
+    def _write_line(self, epoch: int, evaluations: list[Evaluation]) -> None:
+        self.test = _joined(evaluations)
+        losses = [e.client_loss for e in evaluations if e.client_loss is not None]
+        self._folder.add_metrics(
+            {
+                "epoch": epoch + 1,
+                "seconds": round(self.seconds, 3),
+                "samples_trained": self.samples_trained,
+                "train": {
+                    "loss": self._loss_sum / max(1, self._loss_samples),
+                    "client_loss": sum(losses) / len(losses) if losses else None,
+                },
+                "test": self.test,
+                "wire": {"up": self._traffic.total("up"), "down": self._traffic.total("down")},
+            }
+        )
+        self._loss_sum, self._loss_samples = 0.0, 0
+
+
+def _joined(evaluations: list[Evaluation]) -> dict[str, float | None]:
+    """Over all the images scored: shares of one test set, or each client's own of it."""
+    samples = sum(e.samples for e in evaluations)
+    heads = [e.head_correct for e in evaluations if e.head_correct is not None]
+    return {
+        "accuracy": sum(e.correct for e in evaluations) / samples,
+        "loss": sum(e.loss * e.samples for e in evaluations) / samples,
+        "client_only_accuracy": sum(heads) / samples if heads else None,
+    }

@@ -1,0 +1,171 @@
+"""Who is in the run, what each has delivered, and where clients meet: averages and turns.
+
+A pure matter of threads and numbers: knows no bytes, no sockets, no network.
+"""
+
+import secrets
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from common.errors import ClosedError, FullError, RefusedError, SequenceError, WireError
+from common.parts import State, average
+from common.run import Run
+
+PATIENCE_S = 10.0  # how long a call waits for what an earlier call of its client still delivers
+
+
+@dataclass
+class Member:
+    """A client of the run. `received`: the highest sequence number that has come, without gaps."""
+
+    client: int
+    name: str
+    session: str = field(default_factory=lambda: secrets.token_hex(16))
+    received: int = 0
+    left: bool = False
+
+    def __str__(self) -> str:
+        return f"client {self.client} ({self.name})"
+
+
+class Rounds:
+    def __init__(self, run: Run, on_close: Callable[[ClosedError], None] = lambda _: None) -> None:
+        self._run = run
+        self._on_close = on_close
+        self._members: dict[str, Member] = {}
+        self._parts: dict[int, tuple[State, int]] = {}  # of the average being made: client to part
+        self._average: State = {}
+        self._averages_made = 0
+        self._turn = 0  # counts turns over the whole run
+        self._relayed: State = {}
+        self._closed: ClosedError | None = None
+        self._changed = threading.Condition()
+
+    def join(self, name: str) -> Member:
+        """The next free place. Raises FullError when all are taken, ClosedError when it is over."""
+        with self._changed:
+            self._check_open()
+            if len(self._members) == self._run.clients:
+                names = ", ".join(str(m) for m in self._members.values())
+                raise FullError(
+                    f"{name!r} is one too many: the run has places for {self._run.clients} and they are "
+                    f"taken by {names}; start the server with --clients {self._run.clients + 1}"
+                )
+            member = Member(len(self._members), name)
+            self._members[member.session] = member
+            self._changed.notify_all()
+            return member
+
+    def member(self, session: str) -> Member:
+        """Raises RefusedError unless the session is that of a present member."""
+        with self._changed:
+            self._check_open()
+            member = self._members.get(session)
+            if member is None or member.left:
+                raise RefusedError("this call names no present member of the run; join first")
+            return member
+
+    def members(self) -> list[Member]:
+        with self._changed:
+            return list(self._members.values())
+
+    def leave(self, member: Member) -> None:
+        """The member has done all that it was to do."""
+        with self._changed:
+            member.left = True
+            self._changed.notify_all()
+
+    def lost(self, member: Member) -> None:
+        """The member's connection is over. Unless it had left, so is the run."""
+        if not member.left:
+            self.close(ClosedError(f"{member} went away before the end of the run"))
+
+    def close(self, reason: ClosedError) -> None:
+        """Ends the run: everyone who waits here, or comes, is told the reason. The first one stands."""
+        with self._changed:
+            if self._closed or self._finished():
+                return
+            self._closed = reason
+            self._changed.notify_all()
+        self._on_close(reason)
+
+    def wait_until_left(self, member: Member) -> None:
+        """Raises the reason if the run ends before."""
+        self._wait_for(lambda: member.left)
+
+    def wait_until_finished(self, timeout: float | None = None) -> bool:
+        """Whether every place was taken and left again. Raises the reason if the run ends before."""
+        return self._wait_for(self._finished, timeout)
+
+    def wait_until_received(self, member: Member, sequence: int) -> None:
+        """Until all of the member's batches up to this number have come, by whichever call.
+
+        Raises SequenceError, with the number that was due, when they do not come.
+        """
+        came = self._wait_for(lambda: member.received >= sequence, PATIENCE_S)
+        if not came or member.received != sequence:
+            due = member.received + 1
+            raise SequenceError(f"{member}: batch {sequence + 1} is to follow, but batch {due} is due", due)
+
+    def expect(self, member: Member, sequence: int) -> None:
+        """Raises SequenceError unless this batch of the member is due."""
+        due = member.received + 1
+        if sequence != due:
+            raise SequenceError(f"{member}: batch {sequence} came, but batch {due} is due", due)
+
+    def receive(self, member: Member, sequence: int) -> None:
+        """Counts a batch as received: it lies in the member's lane."""
+        with self._changed:
+            member.received = sequence
+            self._changed.notify_all()
+
+    def average(self, member: Member, epoch: int, part: State, samples: int) -> State:
+        """The mean of all clients' parts of this epoch, once all have come."""
+        if samples < 1:
+            raise WireError(f"{member}: a part trained on {samples} samples has no weight in an average")
+        with self._changed:
+            if epoch != self._averages_made or member.client in self._parts:
+                raise WireError(f"{member}: the average of epoch {self._averages_made} is due, not {epoch}")
+            self._parts[member.client] = (part, samples)
+            if len(self._parts) == self._run.clients:
+                ordered = [self._parts[client] for client in sorted(self._parts)]
+                self._average = average([p for p, _ in ordered], [n for _, n in ordered])
+                self._parts.clear()
+                self._averages_made += 1
+                self._changed.notify_all()
+        self._wait_for(lambda: self._averages_made > epoch)
+        return self._average  # the next one cannot be made before this member has come back
+
+    def take_turn(self, member: Member, epoch: int) -> State:
+        """Waits for the member's turn; the part of the client before it, empty at the first turn."""
+        turn = epoch * self._run.clients + member.client
+        self._wait_for(lambda: self._turn >= turn)
+        if self._turn != turn:
+            raise WireError(f"{member}: its turn of epoch {epoch} is over")
+        return self._relayed
+
+    def end_turn(self, member: Member, epoch: int, part: State) -> None:
+        """Hands the part on to the next client."""
+        with self._changed:
+            self._check_open()
+            if self._turn != epoch * self._run.clients + member.client:
+                raise WireError(f"{member}: it is not its turn")
+            self._relayed = part
+            self._turn += 1
+            self._changed.notify_all()
+
+    def _finished(self) -> bool:
+        places_taken = len(self._members) == self._run.clients
+        return places_taken and all(member.left for member in self._members.values())
+
+    def _wait_for(self, condition: Callable[[], bool], timeout: float | None = None) -> bool:
+        with self._changed:
+            came = self._changed.wait_for(lambda: self._closed or condition(), timeout)
+            if not condition():
+                self._check_open()
+            return bool(came)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise self._closed

@@ -1,0 +1,113 @@
+"""A server, put together: the port, the service, the inbox, the trainer's thread."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any
+
+import grpc
+import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from common import checkpoint
+from common.errors import ClosedError, ConfigError, SplitLearningError
+from common.meter import Clock, Traffic
+from common.methods import build_method
+from common.nets.cut import build
+from common.parts import client_part, server_part, specs, state_of
+from common.run import Run
+from common.rundir import RunFolder
+from common.wire.codec import BatchSpec
+from common.wire.options import SLACK_BYTES, server_options
+from common.wire.pieces import PIECE_BYTES
+from common.wire.rpc import SERVICE
+from dsl_server.inbox import Inbox
+from dsl_server.kernel import Sockets
+from dsl_server.record import Record
+from dsl_server.rounds import Rounds
+from dsl_server.service import Service, add_to
+from dsl_server.trainer import Trainer
+
+_CALLS_OF_A_CLIENT = 4  # Join, a segment, the one before it that awaits its receipt, and one more
+_SPARE_CALLS = 8  # health, reflection, clients that are one too many
+
+
+class Server:
+    """`listen`: host:port, port 0 for any. Raises ConfigError when the run or the port cannot be."""
+
+    def __init__(self, run: Run, listen: str, device: torch.device, folder: RunFolder) -> None:
+        self.run, self._folder = run, folder
+        self.method = build_method(run.method)
+        net = build(run)
+        self.part = server_part(run, net, device)
+        self.traffic, self._clock = Traffic(), Clock()
+        self._clock.module("forward", self.part.top)
+        in_turn = run.fixed_order and run.sync != "relay"  # whose turns are an order already
+        self.inbox = Inbox(run.clients, run.inbox, in_turn, self.method.gather)
+        self.rounds = Rounds(run, on_close=self.inbox.close)
+        self.record = Record(run, self.method, net.cut_shape, folder, self.traffic, self._clock, device)
+        self._trainer = Trainer(run, self.method, self.part, device, self._clock)
+        self._thread = threading.Thread(target=self._train, name="trainer", daemon=True)
+        theirs = client_part(run, self.method, net, torch.device("cpu"))
+        part_specs = specs(state_of(theirs, momentum=run.sync == "relay"))
+        spec = BatchSpec(net.cut_shape, run.batch_size, run.class_count)
+        service = Service(
+            run, self.method, spec, part_specs, self.inbox, self.rounds, self.record, self._clock
+        )
+        self._grpc, self._health, self.port = _listen(listen, run.clients, service, self.traffic)
+        self.sockets = Sockets(self.port)
+
+    def start(self) -> None:
+        self._thread.start()
+        self._grpc.start()
+        self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+
+    def wait(self, timeout: float) -> bool:
+        """Whether the run is finished. Raises the reason if it has ended before."""
+        if not self.rounds.wait_until_finished(timeout):
+            return False
+        self._thread.join()
+        return True
+
+    def finish(self) -> dict[str, Any]:
+        """After the run: the part saved, the summary written and returned."""
+        self.sockets.read()
+        checkpoint.save(self._folder.path / "checkpoint", self.part, {"run": asdict(self.run)})
+        return self.record.write_summary(self.sockets)
+
+    def stop(self, reason: ClosedError) -> None:
+        """Ends the run, if it has not ended, and tells every client why."""
+        self._health.enter_graceful_shutdown()
+        self.rounds.close(reason)
+        self._grpc.stop(grace=2).wait()
+        self.inbox.close(reason)
+        self.sockets.close()
+
+    def _train(self) -> None:
+        try:
+            self._trainer.train(self.inbox, self.record.trained)
+        except SplitLearningError as error:
+            self.rounds.close(ClosedError(str(error)))
+
+
+def _listen(
+    listen: str, clients: int, service: Service, traffic: Traffic
+) -> tuple[grpc.Server, health.HealthServicer, int]:
+    calls = _CALLS_OF_A_CLIENT * clients + _SPARE_CALLS
+    server = grpc.server(
+        ThreadPoolExecutor(calls, thread_name_prefix="rpc"),
+        options=server_options(PIECE_BYTES * 2 + SLACK_BYTES),
+        maximum_concurrent_rpcs=calls,  # refuse at once what would otherwise wait for a thread
+    )
+    add_to(server, service, traffic)
+    healthy = health.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
+    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    try:
+        port = server.add_insecure_port(listen)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"--listen {listen}: cannot be bound; is the port in use? Choose another"
+        ) from error
+    return server, healthy, port

@@ -1,0 +1,109 @@
+"""What tests share: small runs, made-up images, a real server on loopback and clients in threads."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.errors import ClosedError
+from common.meter import Clock, Traffic
+from common.methods import build_method
+from common.methods.base import ClientPart
+from common.nets.cut import build
+from common.parts import client_part
+from common.run import Run
+from common.rundir import RunFolder
+from common.wire.codec import BatchSpec
+from dsl_client.connection import Connection
+from dsl_client.trainer import Trainer
+from dsl_server.server import Server
+
+CPU = torch.device("cpu")
+
+
+def small_run(**settings: Any) -> Run:
+    """Six batches an epoch at most, 8x8 images, the smallest ResNet."""
+    defaults = {
+        "model": "resnet8",
+        "split": "1",
+        "image": (3, 8, 8),
+        "classes": 4,
+        "batch_size": 8,
+        "epochs": 2,
+        "lr": 0.05,
+    }
+    return Run(**{**defaults, **settings})
+
+
+class Batches:
+    """Made-up images in batches, in the shape of dsl_client.batches.Batches."""
+
+    def __init__(self, run: Run, seed: int, samples: int) -> None:
+        g = torch.Generator().manual_seed(seed)
+        self.x = torch.randn(samples, *run.image_shape, generator=g)
+        self.y = torch.randint(0, run.class_count, (samples,), generator=g)
+        self.samples, self._size = samples, run.batch_size
+
+    def __len__(self) -> int:
+        return -(-self.samples // self._size)
+
+    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from zip(self.x.split(self._size), self.y.split(self._size), strict=True)
+
+
+def spec_of(run: Run) -> BatchSpec:
+    return BatchSpec(build(run).cut_shape, run.batch_size, run.class_count)
+
+
+@contextlib.contextmanager
+def serving(run: Run, folder: Path) -> Iterator[Server]:
+    """A real server on a free port of loopback, stopped at the end."""
+    server = Server(run, "127.0.0.1:0", CPU, RunFolder(folder / "server", run, "server"))
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop(ClosedError("the test is over"))
+
+
+def connect(server: Server, name: str = "someone") -> tuple[Connection, int]:
+    """A member of the run, and its index."""
+    connection = Connection(f"127.0.0.1:{server.port}", Traffic(), Clock())
+    return connection, connection.join(name, patience=10).client
+
+
+def train(run: Run, connection: Connection, client: int, data: Batches, test: Batches) -> ClientPart:
+    """One client, from its first epoch to its goodbye; its part. Tells the server if it fails."""
+    from dsl_client.client import measurements
+
+    method, clock = build_method(run.method), Clock()
+    part = client_part(run, method, build(run), CPU)
+    try:
+        Trainer(run, client, method, part, connection, spec_of(run), clock).train(data, test)
+        connection.leave(measurements(clock, CPU))
+    except BaseException as error:
+        connection.close(str(error) or type(error).__name__)
+        raise
+    return part
+
+
+def federation(
+    run: Run, folder: Path, data: Sequence[Batches]
+) -> tuple[Server, list[ClientPart], dict[str, Any]]:
+    """Every client in a thread of its own against a real server; the server, parts, and summary."""
+    test = Batches(run, seed=99, samples=20)
+    with serving(run, folder) as server, ThreadPoolExecutor(len(data)) as pool:
+        members = [connect(server) for _ in data]
+        parts: list[Future[ClientPart]] = [
+            pool.submit(train, run, connection, client, data[client], test) for connection, client in members
+        ]
+        results = [part.result(timeout=60) for part in parts]
+        assert server.wait(timeout=10), "every client has left"
+        summary = server.finish()
+        for connection, _ in members:
+            connection.close()
+    return server, results, summary
