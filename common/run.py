@@ -76,6 +76,10 @@ class Run:
     """Image shape (channels, height, width). Default: that of the data set, else 3 32 32."""
     classes: int | None = None
     """How many classes there are. Default: that of the data set, else 10."""
+    train_limit: int = 0
+    """Deal out only this many training images, drawn by the seed; 0: all."""
+    test_limit: int = 0
+    """Score only this many test images, drawn by the seed; 0: all."""
     augment: bool = True
     """Random crop (4 pixels) and flip of each training image."""
     recipe: Recipe = "modern"
@@ -171,6 +175,8 @@ _LEAST = {
     "batch_size": 1,
     "weight_decay": 0,
     "class_count": 2,
+    "train_limit": 0,
+    "test_limit": 0,
     "eval_every": 0,
     "seed": 0,
     "outbox": 1,

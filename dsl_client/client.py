@@ -18,7 +18,7 @@ from common.rundir import RunFolder
 from common.wire import split_learning_pb2 as pb
 from common.wire.codec import BatchSpec
 from dsl_client import data
-from dsl_client.batches import Batches, Indices, partition
+from dsl_client.batches import Batches, Indices, limited, partition
 from dsl_client.connection import Connection
 from dsl_client.trainer import Scored, Step, Trainer
 
@@ -81,9 +81,12 @@ class Client:
     def _batches(self) -> tuple[Batches, Batches]:
         run, size = self.run, self.run.batch_size
         train, test = data.load(self._source or run.data, run.image_shape, run.class_count)
+        train = limited(train, run.train_limit, run.seed)
+        test = limited(test, run.test_limit, run.seed)
         mine = None
         if run.partition != "own":
             mine = partition(train.labels, run.partition, run.clients, run.seed)[self.index]
+        theirs = self._test_share(len(test))
         return (
             Batches(
                 train,
@@ -94,7 +97,7 @@ class Client:
                 augment=run.augment,
                 device=self._device,
             ),
-            Batches(test, self._test_share(len(test)), size, seed=0, shuffle=False, device=self._device),
+            Batches(test, theirs, size, seed=run.seed, shuffle=False, device=self._device),
         )
 
     def _test_share(self, samples: int) -> Indices | None:
@@ -105,7 +108,9 @@ class Client:
 
 
 def measurements(clock: Clock, device: torch.device) -> pb.Measurements:
-    """What this process measured. `backward` is what a step took beside its forward passes and waits."""
-    seconds = clock.seconds("forward", "backward", "encode", "wait", "step")
+    """What this process measured. `backward` is what a step took beside its forward passes and waits;
+    `train` the time from the first batch of an epoch to its last, and to the last receipt of all.
+    """
+    seconds = clock.seconds("forward", "backward", "encode", "wait", "train", "step")
     seconds["backward"] = max(0.0, seconds.pop("step") - seconds["forward"] - seconds["wait"])
     return pb.Measurements(seconds=seconds, peak_bytes=peak_bytes(device))

@@ -63,7 +63,10 @@ class Trainer:
         """All epochs. Raises ClosedError, with the reason, when the run ends before."""
         for epoch in range(self._run.epochs):
             self._take_turn(epoch)
-            loss = self._epoch(epoch, data, on_step)
+            with self._clock("train"):
+                loss = self._epoch(epoch, data, on_step)
+                if epoch == self._run.epochs - 1:
+                    self._connection.settle()  # so that this time includes the server's
             self._average(epoch, data.samples)
             if self._run.evaluates(epoch) and self._scores():
                 on_scored(self._evaluate(epoch, test, loss))

@@ -1,0 +1,31 @@
+# Each target makes what it needs: a virtual environment in .venv, with the package in it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint stubs bench-accuracy bench-overlap bench-wire clean
+
+demo: $(VENV)/ready
+	$(BIN)/dsl demo
+
+test: $(VENV)/ready lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+stubs: $(VENV)/ready
+	$(BIN)/python tools/stubs.py
+
+bench-accuracy bench-overlap bench-wire: bench-%: $(VENV)/ready
+	$(BIN)/python benchmarks/$*/main.py
+
+$(VENV)/ready: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,55 @@
+"""dsl: whole experiments on one machine, made of real server and client processes."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from common import cli
+from common.errors import ConfigError
+from dsl_lab.demo import Demo, demo
+
+PROGRAM = "dsl"
+DESCRIPTION = "Whole experiments on one machine, made of real dsl-server and dsl-client processes."
+
+
+@dataclass(frozen=True)
+class Report:
+    """Turns finished runs into one HTML file with a table and figures."""
+
+    folders: tyro.conf.Positional[tuple[Path, ...]]
+    """The servers' run folders (with run.json, metrics.jsonl and summary.json)."""
+    out: Path = Path("report.html")
+    """Where the report goes; the figures go beside it as PNG files."""
+
+
+Command = Annotated[Demo, tyro.conf.subcommand("demo")] | Annotated[Report, tyro.conf.subcommand("report")]
+
+
+def main() -> None:
+    cli.prepare()
+    sys.exit(cli.run_to_the_end(PROGRAM, lambda: _main(sys.argv[1:])))
+
+
+def _main(arguments: list[str]) -> int:
+    console = Console()
+    command = tyro.cli(Command, prog=PROGRAM, description=DESCRIPTION, args=arguments)
+    if isinstance(command, Demo):
+        demo(command, console)
+        return 0
+    from dsl_lab import report, runs
+
+    if not command.folders:
+        raise ConfigError("dsl report needs at least one run folder, such as runs/*-server")
+    finished = [runs.read(folder) for folder in command.folders]
+    runs.show(finished, console)
+    figures = report.figures(finished, command.out.parent / f"{command.out.stem}-figures")
+    console.print(f"{report.write(finished, command.out)} and {len(figures)} figures", soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    main()
