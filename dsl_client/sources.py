@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,7 @@ FASHION_NAMES = (
 PICTURES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 SPLITS = ("train", "test")
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+_NPZ = f"write one with numpy.savez: {', '.join(ARRAYS)} (and classes, the names)"
 
 
 @dataclass(frozen=True)
@@ -59,28 +60,33 @@ def read(source: str, image: tuple[int, int, int]) -> Raw:
             return _public(name)
         case ("sample", "", ""):
             packed = resources.files("dsl_client.sample") / "fashion-mnist.npz.xz"
-            return _npz(io.BytesIO(lzma.decompress(packed.read_bytes())), source)
+            return _arrays(io.BytesIO(lzma.decompress(packed.read_bytes())), source)
     kinds = {known.partition(":")[0]: known for known in SOURCES}
     near = difflib.get_close_matches(source.partition(":")[0], kinds, 1)
     hint = f"did you mean {kinds[near[0]]}? " if near else ""
     raise ConfigError(f"unknown data source {source!r}; {hint}known: {', '.join(SOURCES)}")
 
 
-def _npz(file: Path | io.BytesIO, where: str) -> Raw:
-    """The arrays of ARRAYS and, if it is there, `classes`: the names in label order."""
-    remedy = f"write one with numpy.savez: {', '.join(ARRAYS)} (and classes, the names)"
+def _npz(path: Path, where: str) -> Raw:
+    """A file as numpy.savez writes it."""
     try:
-        archive = np.load(file, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ConfigError(f"{where} holds one lone array; {remedy}")
-        with archive:
-            missing = [key for key in ARRAYS if key not in archive]
-            if missing:
-                raise ConfigError(f"{where} has no {missing[0]}; {remedy}")
-            names = tuple(map(str, np.ravel(archive["classes"]))) if "classes" in archive else ()
-            return Raw(where, {key: archive[key] for key in ARRAYS}, names)
+        with path.open("rb") as file:  # not left to numpy, which forgets to close a broken one
+            return _arrays(file, where)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ConfigError(f"{where} cannot be read ({_line(error)}); {remedy}") from error
+        raise ConfigError(f"{where} cannot be read ({_line(error)}); {_NPZ}") from error
+
+
+def _arrays(file: IO[bytes], where: str) -> Raw:
+    """The arrays of ARRAYS and, if it is there, `classes`: the names in label order."""
+    archive = np.load(file, allow_pickle=False)
+    if not isinstance(archive, np.lib.npyio.NpzFile):
+        raise ConfigError(f"{where} holds one lone array; {_NPZ}")
+    with archive:
+        missing = [key for key in ARRAYS if key not in archive]
+        if missing:
+            raise ConfigError(f"{where} has no {missing[0]}; {_NPZ}")
+        names = tuple(map(str, np.ravel(archive["classes"]))) if "classes" in archive else ()
+        return Raw(where, {key: archive[key] for key in ARRAYS}, names)
 
 
 def _folder(path: Path, image: tuple[int, int, int]) -> Raw:

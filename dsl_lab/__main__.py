@@ -40,14 +40,14 @@ def _main(arguments: list[str]) -> int:
     if isinstance(command, Demo):
         demo(command, console)
         return 0
-    from dsl_lab import report, runs
+    from dsl_lab import figures, report, runs, table
 
     if not command.folders:
         raise ConfigError("dsl report needs at least one run folder, such as runs/*-server")
     finished = [runs.read(folder) for folder in command.folders]
-    runs.show(finished, console)
-    figures = report.figures(finished, command.out.parent / f"{command.out.stem}-figures")
-    console.print(f"{report.write(finished, command.out)} and {len(figures)} figures", soft_wrap=True)
+    table.show(finished, console)
+    images = figures.write(finished, command.out.parent / f"{command.out.stem}-figures")
+    console.print(f"{report.write(finished, command.out)} and {len(images)} figures", soft_wrap=True)
     return 0
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from dsl_lab import report, runs
+from dsl_lab import report, runs, table
 from dsl_lab.launch import Experiment, Setting, launch
 
 METHODS = ("dsl", "csl")
@@ -47,7 +47,7 @@ def demo(options: Demo, console: Console) -> Path:
         commands += [shlex.join(command) for command in _run(experiment, console)]
     finished = [runs.read(experiment.server_folder) for experiment in experiments]
     console.print()
-    runs.show(finished, console)
+    table.show(finished, console)
     path = report.write(finished, out / "report.html", commands)
     console.print(f"\nThe report, with curves, bars and the commands: {path.resolve()}", soft_wrap=True)
     return path
@@ -77,7 +77,7 @@ def _run(experiment: Experiment, console: Console) -> list[list[str]]:
 def _progress(experiment: Experiment, seconds: float) -> Table:
     """One line: how far the run is, by what it has written so far."""
     lines = _metrics(experiment.server_folder / "metrics.jsonl")
-    table = Table.grid(padding=(0, 2))
+    line = Table.grid(padding=(0, 2))
     cells = [
         f"[bold]{str(experiment.settings['method']).upper()}[/bold]",
         f"epoch {len(lines)}/{experiment.settings['epochs']}",
@@ -92,8 +92,8 @@ def _progress(experiment: Experiment, seconds: float) -> Table:
         ]
     else:
         cells.append("starting" if seconds < 8 else "training")
-    table.add_row(*cells)
-    return table
+    line.add_row(*cells)
+    return line
 
 
 def _metrics(path: Path) -> Sequence[dict[str, dict[str, float]]]:

@@ -91,6 +91,7 @@ def _line(server: Any) -> str:
     return "  ".join(
         [
             f"clients {here}/{run.clients}",
+            f"epoch {record.epoch + 1}/{run.epochs}",
             f"{record.samples_trained:,} samples",
             f"{record.samples_trained / max(record.seconds, 1e-9):,.0f}/s",
             f"loss {record.loss:.3f}",

@@ -42,13 +42,14 @@ class Record:
     ) -> None:
         self._run, self._method, self._cut_shape = run, method, cut_shape
         self._folder, self._traffic, self._clock, self._device = folder, traffic, clock, device
-        self._start = time.perf_counter()
+        self._start: float | None = None
         self._lock = threading.Lock()
         self._epochs: dict[int, list[Evaluation]] = {}
         self._measurements: list[pb.Measurements] = []
         self._loss_sum, self._loss_samples = 0.0, 0
         self.samples_trained = 0
-        self.loss = float("nan")
+        self.epoch = 0  # the latest that a client has begun, from 0
+        self.loss = float("nan")  # a running mean, for who watches
         self.test: dict[str, float | None] = {"accuracy": None, "loss": None, "client_only_accuracy": None}
 
     @property
@@ -59,10 +60,16 @@ class Record:
     @property
     def seconds(self) -> float:
         """Since the first client joined."""
-        return time.perf_counter() - self._start
+        return time.perf_counter() - self._start if self._start else 0.0
 
-    def begin(self) -> None:
-        self._start = time.perf_counter()
+    def joined(self) -> None:
+        """A client is in; with the first one time begins."""
+        with self._lock:
+            self._start = self._start or time.perf_counter()
+
+    def began(self, epoch: int) -> None:
+        with self._lock:
+            self.epoch = max(self.epoch, epoch)
 
     def trained(self, samples: int, loss: float) -> None:
         with self._lock:

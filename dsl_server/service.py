@@ -69,6 +69,7 @@ class Service:
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", request.name):
             raise WireError(f"client name {request.name[:64]!r}: use 1 to 64 letters, digits, '.', '_', '-'")
         member = self._rounds.join(request.name)
+        self._record.joined()
         if not context.add_callback(lambda: self._rounds.lost(member)):
             self._rounds.lost(member)  # it has gone already
         welcome = pb.Welcome(
@@ -154,6 +155,7 @@ class Service:
                 f"{segment.samples} samples; the run has epochs 0 to {self._run.epochs - 1}"
             )
         self._rounds.wait_until_received(member, segment.first_sequence - 1)
+        self._record.began(segment.epoch)
         batches = samples = 0
         for first in requests:
             sequence, smashed = self._unpack(first, requests)

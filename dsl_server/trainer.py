@@ -1,5 +1,6 @@
 """The server's training loop. Only the thread that runs it touches the server's part."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -26,8 +27,9 @@ class Trainer:
 
     def train(self, inbox: Inbox, on_trained: OnTrained) -> None:
         """Until the inbox ends. Raises StepError, and ends the inbox with it, when a step fails."""
-        work: Sequence[Job] | Exam
-        for work in self._clock.iterator("idle", iter(inbox)):
+        items = iter(inbox)
+        first = list(itertools.islice(items, 1))  # the wait for it is not the trainer's idleness
+        for work in itertools.chain(first, self._clock.iterator("idle", items)):
             if isinstance(work, Exam):
                 work.answer.set_result(self._score(work.smashed))
                 continue

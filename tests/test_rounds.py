@@ -1,0 +1,343 @@
+"""Who is in the run, what is due from each, and where clients meet. No bytes, no sockets, no network."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from common.errors import ClosedError, FullError, RefusedError, SequenceError, WireError
+from common.parts import State
+from dsl_server import rounds as module
+from dsl_server.rounds import Rounds
+from tests.federation import small_run
+from tests.threads import in_thread, waits
+
+pytestmark = pytest.mark.timeout(20)
+
+OVER = ClosedError("the run is over because the test says so")
+
+
+def rounds_of(clients: int, **settings: Any) -> Rounds:
+    return Rounds(small_run(clients=clients, **settings))
+
+
+def part(weight: float, batches: int = 0) -> State:
+    return {"w": torch.tensor([weight, 2 * weight]), "num_batches_tracked": torch.tensor(batches)}
+
+
+# ---------------------------------------------------------------- who is in
+
+
+def test_members_get_places_from_0_and_sessions_of_their_own() -> None:
+    rounds = rounds_of(3)
+    members = [rounds.join(name) for name in ("ann", "bob", "ann")]
+    assert [member.client for member in members] == [0, 1, 2]
+    assert len({member.session for member in members}) == 3
+    assert all(len(member.session) >= 32 for member in members), "not to be guessed"
+    assert [rounds.member(member.session) for member in members] == members == rounds.members()
+
+
+def test_one_client_too_many_is_refused_with_the_names_and_the_remedy() -> None:
+    rounds = rounds_of(2)
+    rounds.join("ann")
+    rounds.join("bob")
+    with pytest.raises(FullError) as caught:
+        rounds.join("eve")
+    said = str(caught.value)
+    for part_of_it in ("'eve'", "client 0 (ann)", "client 1 (bob)", "2", "--clients 3"):
+        assert part_of_it in said
+
+
+def test_a_place_is_not_free_again_after_its_client_left() -> None:
+    rounds = rounds_of(1)
+    rounds.leave(rounds.join("ann"))
+    with pytest.raises(FullError):
+        rounds.join("bob")
+
+
+@pytest.mark.parametrize("session", ["", "guess", "0" * 32])
+def test_an_unknown_session_is_refused(session: str) -> None:
+    rounds = rounds_of(2)
+    rounds.join("ann")
+    with pytest.raises(RefusedError, match="names no present member"):
+        rounds.member(session)
+
+
+def test_the_session_of_who_has_left_is_refused() -> None:
+    rounds = rounds_of(2)
+    member = rounds.join("ann")
+    rounds.leave(member)
+    with pytest.raises(RefusedError, match="join first"):
+        rounds.member(member.session)
+
+
+# ---------------------------------------------------------------- what is due
+
+
+def test_batches_are_due_one_after_the_other() -> None:
+    rounds = rounds_of(1)
+    member = rounds.join("ann")
+    for sequence in (1, 2, 3):
+        rounds.expect(member, sequence)
+        rounds.receive(member, sequence)
+    assert member.received == 3
+
+
+@pytest.mark.parametrize("came", [0, 1, 2, 4, 2**64 - 1])
+def test_a_gap_or_a_repetition_is_refused_with_the_number_that_is_due(came: int) -> None:
+    rounds = rounds_of(1)
+    member = rounds.join("ann")
+    rounds.receive(member, 1)
+    rounds.receive(member, 2)
+    with pytest.raises(
+        SequenceError, match=rf"client 0 \(ann\): batch {came} came, but batch 3 is due"
+    ) as caught:
+        rounds.expect(member, came)
+    assert caught.value.expected == 3
+
+
+def test_a_call_waits_for_what_an_earlier_call_still_delivers() -> None:
+    rounds = rounds_of(1)
+    member = rounds.join("ann")
+    following = in_thread(rounds.wait_until_received, member, 2)
+    rounds.receive(member, 1)
+    assert waits(following)
+    rounds.receive(member, 2)
+    assert following.result(timeout=5) is None
+
+
+def test_what_never_comes_is_not_waited_for_longer_than_patience_lasts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "PATIENCE_S", 0.05)
+    rounds = rounds_of(1)
+    member = rounds.join("ann")
+    rounds.receive(member, 1)
+    with pytest.raises(SequenceError, match="batch 6 is to follow, but batch 2 is due") as caught:
+        rounds.wait_until_received(member, 5)
+    assert caught.value.expected == 2
+
+
+def test_a_call_that_begins_too_early_in_the_sequence_is_refused_at_once() -> None:
+    rounds = rounds_of(1)
+    member = rounds.join("ann")
+    for sequence in (1, 2, 3):
+        rounds.receive(member, sequence)
+    with pytest.raises(SequenceError, match="batch 2 is to follow, but batch 4 is due") as caught:
+        rounds.wait_until_received(member, 1)
+    assert caught.value.expected == 4
+
+
+# ---------------------------------------------------------------- averages
+
+
+def test_the_average_is_the_mean_weighted_by_samples() -> None:
+    rounds = rounds_of(3, sync="average")
+    members = [rounds.join(name) for name in "abc"]
+    waiting = [
+        in_thread(rounds.average, member, 0, part(weight, batches), samples)
+        for member, weight, batches, samples in zip(
+            members, (1.0, 2.0, 6.0), (4, 9, 2), (10, 30, 60), strict=True
+        )
+    ]
+    for each in waiting:
+        mean = each.result(timeout=5)
+        # (10 * 1 + 30 * 2 + 60 * 6) / 100 = 4.3; the counter cannot be averaged: the largest stands.
+        assert torch.allclose(mean["w"], torch.tensor([4.3, 8.6]))
+        assert mean["w"].dtype is torch.float32
+        assert mean["num_batches_tracked"].item() == 9
+
+
+def test_an_average_waits_for_every_client() -> None:
+    rounds = rounds_of(3, sync="average")
+    members = [rounds.join(name) for name in "abc"]
+    first = in_thread(rounds.average, members[2], 0, part(1.0), 1)
+    second = in_thread(rounds.average, members[0], 0, part(2.0), 1)
+    assert waits(first)
+    assert waits(second)
+    rounds.average(members[1], 0, part(6.0), 1)
+    assert first.result(timeout=5)["w"][0] == second.result(timeout=5)["w"][0] == 3.0
+
+
+def test_the_average_does_not_depend_on_who_comes_first() -> None:
+    """Also in the last bit: sums of floats depend on the order."""
+    weights = [0.1, 1e8, -1e8]
+    means = []
+    for order in ([0, 1, 2], [2, 1, 0], [1, 2, 0]):
+        rounds = rounds_of(3, sync="average")
+        members = [rounds.join(name) for name in "abc"]
+        waiting = []
+        for client in order:
+            waiting.append(in_thread(rounds.average, members[client], 0, part(weights[client]), client + 1))
+            if client != order[-1]:
+                assert waits(waiting[-1], 0.02)
+        means.append(waiting[0].result(timeout=5)["w"])
+    assert torch.equal(means[0], means[1])
+    assert torch.equal(means[0], means[2])
+
+
+@pytest.mark.parametrize("epoch", [1, 7, 2**32 - 1])
+def test_the_average_of_another_epoch_is_refused(epoch: int) -> None:
+    rounds = rounds_of(2, sync="average")
+    member = rounds.join("ann")
+    with pytest.raises(WireError, match=f"the average of epoch 0 is due, not {epoch}"):
+        rounds.average(member, epoch, part(1.0), 1)
+
+
+def test_averages_follow_one_another_epoch_by_epoch() -> None:
+    rounds = rounds_of(2, sync="average")
+    ann, bob = rounds.join("ann"), rounds.join("bob")
+    for epoch in range(3):
+        other = in_thread(rounds.average, ann, epoch, part(1.0 + epoch), 1)
+        mean = rounds.average(bob, epoch, part(3.0 + epoch), 1) if waits(other) else {}
+        assert mean["w"][0] == other.result(timeout=5)["w"][0] == 2.0 + epoch
+    with pytest.raises(WireError, match="the average of epoch 3 is due, not 2"):
+        rounds.average(ann, 2, part(1.0), 1)
+
+
+def test_a_client_gives_its_part_once_an_epoch() -> None:
+    rounds = rounds_of(2, sync="average")
+    member = rounds.join("ann")
+    assert waits(in_thread(rounds.average, member, 0, part(1.0), 1))
+    with pytest.raises(WireError, match=r"client 0 \(ann\)"):
+        rounds.average(member, 0, part(1.0), 1)
+
+
+def test_a_part_trained_on_nothing_has_no_weight() -> None:
+    rounds = rounds_of(2, sync="average")
+    with pytest.raises(WireError, match="trained on 0 samples"):
+        rounds.average(rounds.join("ann"), 0, part(1.0), 0)
+
+
+# ---------------------------------------------------------------- turns
+
+
+def test_turns_go_by_client_and_epoch_and_the_part_is_handed_on() -> None:
+    rounds = rounds_of(3, sync="relay")
+    members = [rounds.join(name) for name in "abc"]
+    log: list[str] = []
+
+    def client(index: int) -> None:
+        for epoch in range(2):
+            before = rounds.take_turn(members[index], epoch)
+            log.append(f"{index}:{before['w'][0].item():g}" if before else f"{index}:first")
+            rounds.end_turn(members[index], epoch, part(10.0 * epoch + index))
+
+    for each in [in_thread(client, index) for index in (2, 0, 1)]:
+        each.result(timeout=5)
+    assert log == ["0:first", "1:0", "2:1", "0:2", "1:10", "2:11"]
+
+
+def test_who_is_not_at_its_turn_waits_for_it() -> None:
+    rounds = rounds_of(2, sync="relay")
+    ann, bob = rounds.join("ann"), rounds.join("bob")
+    assert rounds.take_turn(ann, 0) == {}
+    waiting = in_thread(rounds.take_turn, bob, 0)
+    assert waits(waiting)
+    rounds.end_turn(ann, 0, part(5.0))
+    assert waiting.result(timeout=5)["w"][0] == 5.0
+
+
+def test_a_turn_that_is_over_is_refused() -> None:
+    rounds = rounds_of(2, sync="relay")
+    ann = rounds.join("ann")
+    rounds.end_turn(ann, 0, part(1.0))
+    with pytest.raises(WireError, match=r"client 0 \(ann\): its turn of epoch 0 is over"):
+        rounds.take_turn(ann, 0)
+
+
+def test_only_who_is_at_its_turn_may_end_it() -> None:
+    rounds = rounds_of(2, sync="relay")
+    ann, bob = rounds.join("ann"), rounds.join("bob")
+    for member, epoch in ((bob, 0), (ann, 1)):
+        with pytest.raises(WireError, match="it is not its turn"):
+            rounds.end_turn(member, epoch, part(1.0))
+
+
+# ---------------------------------------------------------------- the end
+
+
+def test_the_run_is_finished_when_every_place_was_taken_and_left() -> None:
+    rounds = rounds_of(2)
+    assert not rounds.wait_until_finished(timeout=0.01)
+    ann = rounds.join("ann")
+    rounds.leave(ann)
+    assert not rounds.wait_until_finished(timeout=0.01), "a place is still free"
+    bob = rounds.join("bob")
+    finished = in_thread(rounds.wait_until_finished)
+    assert waits(finished)
+    rounds.leave(bob)
+    assert finished.result(timeout=5) is True
+
+
+def test_closing_wakes_all_who_wait_with_the_reason() -> None:
+    told: list[ClosedError] = []
+    rounds = Rounds(small_run(clients=3, sync="average"), on_close=told.append)
+    ann, bob, cid = (rounds.join(name) for name in ("ann", "bob", "cid"))
+    waiting = [
+        in_thread(rounds.average, ann, 0, part(1.0), 1),
+        in_thread(rounds.average, bob, 0, part(1.0), 1),
+        in_thread(rounds.take_turn, cid, 5),
+        in_thread(rounds.wait_until_left, ann),
+        in_thread(rounds.wait_until_finished),
+        in_thread(rounds.wait_until_received, cid, 1),
+    ]
+    assert all(waits(each, 0.02) for each in waiting)
+    rounds.close(OVER)
+    assert [each.exception(timeout=5) for each in waiting] == [OVER] * len(waiting)
+    assert told == [OVER]
+
+
+def test_who_comes_after_the_end_is_told_the_reason() -> None:
+    rounds = rounds_of(2, sync="average")
+    member = rounds.join("ann")
+    rounds.close(OVER)
+    for late in (
+        lambda: rounds.join("bob"),
+        lambda: rounds.member(member.session),
+        lambda: rounds.wait_until_left(member),
+        lambda: rounds.average(member, 0, part(1.0), 1),
+        lambda: rounds.end_turn(member, 0, part(1.0)),
+        lambda: rounds.take_turn(member, 1),
+    ):
+        with pytest.raises(ClosedError) as caught:
+            late()
+        assert caught.value is OVER
+
+
+def test_the_first_reason_stands_and_is_told_once() -> None:
+    told: list[ClosedError] = []
+    rounds = Rounds(small_run(), on_close=told.append)
+    rounds.close(OVER)
+    rounds.close(ClosedError("later"))
+    assert told == [OVER]
+    with pytest.raises(ClosedError) as caught:
+        rounds.join("ann")
+    assert caught.value is OVER
+
+
+def test_a_client_lost_before_it_left_ends_the_run_and_is_named() -> None:
+    rounds = rounds_of(2)
+    ann = rounds.join("ann")
+    rounds.lost(ann)
+    with pytest.raises(ClosedError, match=r"client 0 \(ann\) went away before the end of the run"):
+        rounds.wait_until_finished()
+
+
+def test_a_client_lost_after_it_left_is_no_loss() -> None:
+    rounds = rounds_of(2)
+    ann, bob = rounds.join("ann"), rounds.join("bob")
+    rounds.leave(ann)
+    rounds.lost(ann)
+    assert rounds.member(bob.session) is bob
+    rounds.leave(bob)
+    assert rounds.wait_until_finished() is True
+
+
+def test_a_finished_run_cannot_be_closed_any_more() -> None:
+    told: list[ClosedError] = []
+    rounds = Rounds(small_run(), on_close=told.append)
+    rounds.leave(rounds.join("ann"))
+    rounds.close(OVER)
+    assert told == []
+    assert rounds.wait_until_finished() is True

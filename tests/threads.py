@@ -1,0 +1,29 @@
+"""What tests of waiting share: something done meanwhile, and whether it still waits."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+
+def in_thread(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    """What the function comes to, meanwhile. A thread that hangs does not keep the tests from ending."""
+    result: Future[Any] = Future()
+
+    def body() -> None:
+        try:
+            result.set_result(function(*arguments))
+        except BaseException as error:  # noqa: BLE001  # told to whom asks for the result
+            result.set_exception(error)
+
+    threading.Thread(target=body, daemon=True).start()
+    return result
+
+
+def waits(result: Future[Any], seconds: float = 0.1) -> bool:
+    """Whether it is still waiting a moment later."""
+    try:
+        result.exception(timeout=seconds)
+    except TimeoutError:
+        return True
+    return False
