@@ -33,7 +33,7 @@ class Options:
     device: str = "auto"
     """Where to compute: auto, cpu, cuda or cuda:N."""
     out: Path | None = None
-    """Where run.json, metrics.jsonl, checkpoint/ and summary.json go. Default: runs/<time>-<name>-client-N."""
+    """Where run.json, metrics.jsonl, checkpoint/ and summary.json go; else runs/<time>-<name>-client-N."""
     patience: float = 60.0
     """Seconds to wait for a server that is not there yet."""
 

@@ -102,7 +102,8 @@ class Client:
 
     def _test_share(self, samples: int) -> Indices | None:
         """Clients with one and the same part and test set share the work of scoring it."""
-        if self.run.sync != "average" or self.run.partition == "own":
+        shares = self.run.sync == "average" and self.run.partition != "own"
+        if not shares or samples < self.run.clients:
             return None
         return np.arange(self.index, samples, self.run.clients)
 

@@ -27,8 +27,8 @@ class Demo:
     """The network: resnetN with N = 6n+2."""
     split: str = "m"
     """Where it is cut: s, m, d or a block count."""
-    head: str = "conv"
-    """The DSL client's auxiliary head: gap, flat, mlp or conv."""
+    head: str = "strided"
+    """The DSL client's auxiliary head: gap, flat, mlp, conv or strided."""
     epochs: int = 4
     """Passes over the data."""
     data: str = "sample"
@@ -67,8 +67,12 @@ def _settings(options: Demo, method: str) -> dict[str, Setting]:
 
 
 def _run(experiment: Experiment, console: Console) -> list[list[str]]:
+    start = time.monotonic()
+    if not console.is_terminal:
+        commands = launch(experiment)
+        console.print(_progress(experiment, time.monotonic() - start))
+        return commands
     with Live(console=console, refresh_per_second=4) as live:
-        start = time.monotonic()
         commands = launch(experiment, lambda: live.update(_progress(experiment, time.monotonic() - start)))
         live.update(_progress(experiment, time.monotonic() - start))
     return commands

@@ -27,7 +27,7 @@ class Options:
     device: str = "auto"
     """Where to compute: auto, cpu, cuda or cuda:N."""
     out: Path | None = None
-    """Where run.json, metrics.jsonl, checkpoint/ and summary.json go. Default: runs/<time>-<name>-server."""
+    """Where run.json, metrics.jsonl, checkpoint/ and summary.json go; else runs/<time>-<name>-server."""
     print_config: bool = False
     """Print the run's settings as TOML, and end."""
 

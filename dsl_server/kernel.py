@@ -14,14 +14,18 @@ _LISTEN = 10
 
 
 class Sockets:
-    """Counts bytes of the TCP connections to `port`. `counts()` is None where the kernel is mute."""
+    """Counts bytes of the TCP connections to a port. `counts()` is None where the kernel is mute."""
 
-    def __init__(self, port: int) -> None:
-        self._port = port
+    def __init__(self) -> None:
+        self._port = 0
         self._seen: dict[tuple[str, int], tuple[int, int]] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self.available = platform.system() == "Linux" and self._works()
+
+    def watch(self, port: int) -> None:
+        """Counts this port's connections from now on."""
+        self._port = port
         if self.available:
             threading.Thread(target=self._watch, name="kernel-counts", daemon=True).start()
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from common.meter import Clock, Traffic, peak_bytes
-from common.methods.base import Method
 from common.nets.heads import Shape
 from common.run import Run
 from common.rundir import RunFolder
@@ -33,15 +32,15 @@ class Record:
     def __init__(
         self,
         run: Run,
-        method: Method,
         cut_shape: Shape,
         folder: RunFolder,
         traffic: Traffic,
+        sockets: Sockets,
         clock: Clock,
         device: torch.device,
     ) -> None:
-        self._run, self._method, self._cut_shape = run, method, cut_shape
-        self._folder, self._traffic, self._clock, self._device = folder, traffic, clock, device
+        self._run, self._cut_shape, self._folder, self._device = run, cut_shape, folder, device
+        self._traffic, self._sockets, self._clock = traffic, sockets, clock
         self._start: float | None = None
         self._lock = threading.Lock()
         self._epochs: dict[int, list[Evaluation]] = {}
@@ -87,10 +86,12 @@ class Record:
                 self._write_line(epoch, evaluations)
 
     def left(self, measurements: pb.Measurements) -> None:
+        """Called while the client's connection is still there: later the kernel knows nothing of it."""
+        self._sockets.read()
         with self._lock:
             self._measurements.append(measurements)
 
-    def write_summary(self, sockets: Sockets) -> dict[str, Any]:
+    def write_summary(self) -> dict[str, Any]:
         """Writes and returns summary.json: docs/architecture.md has its meaning line by line."""
         run = self._run
         summary = {
@@ -103,7 +104,7 @@ class Record:
             "seed": run.seed,
             "samples_trained": self.samples_trained,
             "test": self.test,
-            "wire": {**self._traffic.by_kind(), "socket": sockets.counts()},
+            "wire": {**self._traffic.by_kind(), "socket": self._sockets.counts()},
             "seconds": {"wall": self.seconds, "client": self._client_seconds(), "server": self._seconds()},
             "peak_bytes": {
                 "client": max((m.peak_bytes for m in self._measurements), default=0),

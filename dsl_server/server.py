@@ -46,7 +46,8 @@ class Server:
         in_turn = run.fixed_order and run.sync != "relay"  # whose turns are an order already
         self.inbox = Inbox(run.clients, run.inbox, in_turn, self.method.gather)
         self.rounds = Rounds(run, on_close=self.inbox.close)
-        self.record = Record(run, self.method, net.cut_shape, folder, self.traffic, self._clock, device)
+        self.sockets = Sockets()
+        self.record = Record(run, net.cut_shape, folder, self.traffic, self.sockets, self._clock, device)
         self._trainer = Trainer(run, self.method, self.part, device, self._clock)
         self._thread = threading.Thread(target=self._train, name="trainer", daemon=True)
         theirs = client_part(run, self.method, net, torch.device("cpu"))
@@ -56,7 +57,7 @@ class Server:
             run, self.method, spec, part_specs, self.inbox, self.rounds, self.record, self._clock
         )
         self._grpc, self._health, self.port = _listen(listen, run.clients, service, self.traffic)
-        self.sockets = Sockets(self.port)
+        self.sockets.watch(self.port)
 
     def start(self) -> None:
         self._thread.start()
@@ -72,9 +73,8 @@ class Server:
 
     def finish(self) -> dict[str, Any]:
         """After the run: the part saved, the summary written and returned."""
-        self.sockets.read()
         checkpoint.save(self._folder.path / "checkpoint", self.part, {"run": asdict(self.run)})
-        return self.record.write_summary(self.sockets)
+        return self.record.write_summary()
 
     def stop(self, reason: ClosedError) -> None:
         """Ends the run, if it has not ended, and tells every client why."""

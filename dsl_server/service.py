@@ -119,15 +119,16 @@ class Service:
         opening = _opening(requests, "evaluation")
         member = self._rounds.member(opening.session)
         self._rounds.wait_until_received(member, opening.after_sequence)
-        exams, head_score = [], None
+        samples, answers, head_score = 0, [], None
         for first in requests:
             if first.head.WhichOneof("head") == "head_score":
                 head_score = first.head.head_score
                 break
-            exams.append(Exam(member.client, self._unpack(first, requests)[1]))
-            self._inbox.put(exams[-1])
-        scores = [exam.answer.result() for exam in exams]
-        samples = sum(len(exam.smashed.y) for exam in exams)
+            exam = Exam(member.client, self._unpack(first, requests)[1])
+            samples += len(exam.smashed.y)
+            answers.append(exam.answer)
+            self._inbox.put(exam)
+        scores = [answer.result() for answer in answers]
         if not samples:
             raise WireError("an evaluation of no images")
         correct, loss = sum(s.correct for s in scores), sum(s.loss for s in scores) / samples
