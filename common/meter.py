@@ -15,8 +15,9 @@ from typing import Any, Literal, ParamSpec, TypeVar
 import torch
 from torch import nn
 
-from common.wire.pieces import Piece
-from common.wire.rpc import EVALUATE, Rpc
+from common.wire.codec import declared_bytes
+from common.wire.pieces import PIECE_BYTES, Piece
+from common.wire.rpc import EVALUATE, SYNC_WEIGHTS, TRAIN, Rpc
 
 Direction = Literal["up", "down"]
 
@@ -69,36 +70,29 @@ class Traffic:
             return {"up": up, "down": {kind: self._bytes["down", kind] for kind in DOWN}}
 
     def _count(self, rpc: Rpc, direction: Direction, message: Any, size: int) -> None:
-        kinds: dict[str, int] = {"control": size}
-        if isinstance(message, Piece) and (message.size or _tensors(rpc, message)):
-            kinds = {"framing": size - message.size, **_tensors(rpc, message)}
+        kinds = {"control": size}
+        if isinstance(message, Piece) and (message.size or message.head.WhichOneof("head") in _FRAMES):
+            kinds = {"framing": size - message.size, **_tensors(rpc, direction, message)}
         with self._lock:
             for kind, n in kinds.items():
                 self._bytes[direction, kind] += n
 
 
-def _tensors(rpc: Rpc, piece: Piece[Any]) -> dict[str, int]:
-    """Bytes of the frame that begins with this piece, by kind, as its head declares them.
-
-    Sizes are counted at the head and left out at the pieces that follow; a frame that is cut off is
-    over-counted by what is missing, and ends the stream.
-    """
-    which = piece.head.WhichOneof("head")
-    if which == "batch":
-        z, y = _size(piece.head.batch.activations), _size(piece.head.batch.labels)
-        return {"evaluation": z + y} if rpc is EVALUATE else {"activations": z, "labels": y}
-    if which == "gradient":
-        return {"gradients": _size(piece.head.gradient.gradient)}
-    if which == "weights":
-        return {"weights": sum(_size(tensor.spec) for tensor in piece.head.weights.tensors)}
-    return {}
+_FRAMES = ("batch", "gradient", "weights")  # heads that tensors follow
+_KINDS = {TRAIN: ("activations", "gradients"), SYNC_WEIGHTS: ("weights", "weights")}
 
 
-def _size(spec: Any) -> int:
-    width = {1: 4, 2: 8, 3: 1, 4: 2}.get(spec.dtype, 0)
-    for side in spec.shape:
-        width *= side
-    return width
+def _tensors(rpc: Rpc, direction: Direction, piece: Piece[Any]) -> dict[str, int]:
+    """The piece's tensor bytes by kind. A batch's labels are told from its activations by its head."""
+    if rpc is EVALUATE:
+        return {"evaluation": piece.size}
+    up, down = _KINDS.get(rpc, ("activations", "gradients"))
+    main = up if direction == "up" else down
+    if piece.head.WhichOneof("head") != "batch":
+        return {main: piece.size}
+    labels = declared_bytes(piece.head.batch.labels)
+    labels = labels if labels <= PIECE_BYTES else 0  # no such batch will be taken
+    return {main: piece.size - labels, "labels": labels}
 
 
 class Clock:

@@ -63,7 +63,7 @@ class Run:
     split: str = "m"
     """Where it is cut: s, m, d (12/54, 17/54, 26/54 of the blocks at the client) or a block count."""
     head: str = "gap"
-    """The client's auxiliary head: gap, flat, mlp, conv or strided. Methods without a local loss have none."""
+    """The client's auxiliary head: gap, flat, mlp, conv or strided, for methods with a local loss."""
     clients: int = 1
     """How many clients make the run."""
     sync: Sync = "none"

@@ -41,11 +41,13 @@ class Connection:
             ) from None
         request = pb.JoinRequest(oldest_version=rpc.VERSION, newest_version=rpc.VERSION, name=name)
         membership = self._calls[rpc.JOIN](request)
-        late = threading.Timer(ANSWER_S, membership.cancel)
+        late = threading.Timer(ANSWER_S, membership.cancel)  # a deadline would end the membership too
         late.start()
-        with telling():
-            welcome: pb.Welcome = following(membership).welcome
-        late.cancel()
+        try:
+            with telling():
+                welcome: pb.Welcome = following(membership).welcome
+        finally:
+            late.cancel()
         self._session = welcome.session
         threading.Thread(target=self._watch, args=[membership], name="membership", daemon=True).start()
         return welcome

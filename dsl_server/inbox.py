@@ -75,11 +75,13 @@ class EpochEnd:
 
 
 Item = Job | Exam | EpochEnd
+Work = Sequence[Job] | Exam
 
 
 class Inbox:
     def __init__(self, clients: int, depth: int, fixed_order: bool, gather: Gather = Gather.EACH) -> None:
         self._lanes: list[deque[Item]] = [deque() for _ in range(clients)]
+        self._tick: deque[Work] = deque()  # taken from the lanes, not yet served
         self._members = set(range(clients))  # those that have not left
         self._in_epoch = set(range(clients))  # those that have batches left, in fixed order
         self._depth = depth
@@ -109,6 +111,8 @@ class Inbox:
         with self._changed:
             self._closed = self._closed or reason
             left = [item for lane in self._lanes for item in lane]
+            left += [item for work in self._tick for item in ([work] if isinstance(work, Exam) else work)]
+            self._tick.clear()
             for lane in self._lanes:
                 lane.clear()
             self._changed.notify_all()
@@ -116,29 +120,30 @@ class Inbox:
             if not isinstance(item, EpochEnd):
                 item.answer.set_exception(self._closed)
 
-    def __iter__(self) -> Iterator[Sequence[Job] | Exam]:
+    def __iter__(self) -> Iterator[Work]:
         """Groups to train on and batches to score, until every member has left or it is closed."""
-        while True:
-            tick = self._take()
-            if not tick:
-                return
-            jobs = [item for item in tick if isinstance(item, Job)]
-            yield from (item for item in tick if isinstance(item, Exam))
-            if self._gather is Gather.ALL and jobs:
-                yield jobs
-            else:
-                yield from ([job] for job in jobs)
+        while (work := self._next()) is not None:
+            yield work
 
-    def _take(self) -> list[Item]:
+    def _next(self) -> Work | None:
         with self._changed:
-            while True:
+            while not self._tick:
                 self._changed.wait_for(self._ready)
                 if self._closed or not self._active():
-                    return []
-                taken = self._in_order() if self._fixed_order else self._as_they_come()
+                    return None
+                self._tick.extend(
+                    self._grouped(self._in_order() if self._fixed_order else self._as_they_come())
+                )
                 self._changed.notify_all()
-                if taken:
-                    return taken
+            return self._tick.popleft()
+
+    def _grouped(self, items: Sequence[Item]) -> Iterator[Work]:
+        jobs = [item for item in items if isinstance(item, Job)]
+        yield from (item for item in items if isinstance(item, Exam))
+        if self._gather is Gather.EACH:
+            yield from ([job] for job in jobs)
+        elif jobs:
+            yield jobs
 
     def _active(self) -> list[int]:
         """Clients with something in their lane or still to come."""

@@ -12,7 +12,7 @@ from common.meter import Clock
 from common.methods.base import Answer, Method, ServerPart, Smashed
 from common.optim import learning_rate, set_learning_rate
 from common.run import Run
-from dsl_server.inbox import Exam, Inbox, Job, Score, Trained
+from dsl_server.inbox import Exam, Inbox, Job, Score, Trained, Work
 
 OnTrained = Callable[[int, float], None]  # samples, mean loss
 
@@ -30,17 +30,16 @@ class Trainer:
         items = iter(inbox)
         first = list(itertools.islice(items, 1))  # the wait for it is not the trainer's idleness
         for work in itertools.chain(first, self._clock.iterator("idle", items)):
-            if isinstance(work, Exam):
-                work.answer.set_result(self._score(work.smashed))
-                continue
             try:
-                losses = self._step(work)
+                if isinstance(work, Exam):
+                    work.answer.set_result(self._score(work.smashed))
+                else:
+                    on_trained(sum(len(job.smashed.y) for job in work), self._step(work))
             except Exception as error:
-                failure = self._failure(work, error)
-                for job in work:
-                    job.answer.set_exception(failure)
+                failure = _failure(work, error)
+                for waiting in [work] if isinstance(work, Exam) else work:
+                    waiting.answer.set_exception(failure)
                 raise failure from error
-            on_trained(sum(len(job.smashed.y) for job in work), losses)
 
     def _step(self, jobs: Sequence[Job]) -> float:
         progress = sum(job.progress for job in jobs) / len(jobs)
@@ -73,7 +72,10 @@ class Trainer:
             smashed.z.to(self._device, non_blocking=True), smashed.y.to(self._device, non_blocking=True)
         )
 
-    def _failure(self, jobs: Sequence[Job], error: Exception) -> StepError:
-        batches = ", ".join(f"{job.sequence} of client {job.client}" for job in jobs)
-        text = str(error) if isinstance(error, StepError) else f"{type(error).__name__}: {error}"
-        return StepError(f"the server's step on batch {batches} failed: {text}")
+
+def _failure(work: Work, error: Exception) -> StepError:
+    text = str(error) if isinstance(error, StepError) else f"{type(error).__name__}: {error}"
+    if isinstance(work, Exam):
+        return StepError(f"the server could not score a batch of client {work.client}: {text}")
+    batches = ", ".join(f"{job.sequence} of client {job.client}" for job in work)
+    return StepError(f"the server's step on batch {batches} failed: {text}")

@@ -6,6 +6,7 @@ z is being sent while the head works on it.
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -70,7 +71,7 @@ def strided(shape: Shape, classes: int) -> nn.Module:
 
 def _mlp(widths: list[int]) -> list[nn.Module]:
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(widths, widths[1:], strict=False):
+    for inputs, outputs in pairwise(widths):
         layers += [nn.Linear(inputs, outputs), _BatchNorm1d(outputs), nn.ReLU()]
     return layers
 

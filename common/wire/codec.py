@@ -110,6 +110,12 @@ def unpack_weights(
     return head, state
 
 
+def declared_bytes(spec: pb.TensorSpec) -> int:
+    """What a tensor's elements take, if it is what it says; 0 for types and shapes that cannot be."""
+    known = spec.dtype in _TYPES and all(side >= 0 for side in spec.shape)
+    return _TYPES[spec.dtype].itemsize * math.prod(spec.shape) if known else 0
+
+
 def _head(piece: Piece[Any], field: str) -> Any:
     if piece.head.WhichOneof("head") != field:
         got = piece.head.WhichOneof("head") or "only data"
