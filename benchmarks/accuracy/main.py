@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/accuracy"))
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
+    torch.set_num_threads(1)
     images = options.images.resolve()
     print(f"{date.today()}, {platform.machine()}, CPU, Python {platform.python_version()}, ", end="")
     print(f"torch {torch.__version__}, grpcio {grpc.__version__}; seeds 0 to {options.seeds - 1}\n")
