@@ -1,6 +1,7 @@
 """A client made of the generated classes alone, as one in any other language would be."""
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -16,12 +17,13 @@ from common.wire.split_learning_pb2_grpc import SplitLearningServiceStub
 from dsl_server.server import Server
 from tests.federation import spec_of
 
+_spec_of = functools.cache(spec_of)
 DEADLINE_S = 20.0  # for what should take a moment: a call that hangs ends as DEADLINE_EXCEEDED
 
 
 def smashed(run: Run, samples: int | None = None, seed: int = 0) -> Smashed:
     """Made-up activations of a whole batch, or of so many samples."""
-    spec, g = spec_of(run), torch.Generator().manual_seed(seed)
+    spec, g = _spec_of(run), torch.Generator().manual_seed(seed)
     size = samples or run.batch_size
     z = torch.randn(size, *spec.cut_shape, generator=g).relu()
     return Smashed(z, torch.randint(0, run.class_count, (size,), generator=g))
@@ -44,7 +46,7 @@ class Ordinary:
         self.run, self.sequence = server.run, 0
         target, unlimited = f"127.0.0.1:{server.port}", ("grpc.max_send_message_length", -1)
         self.channel = grpc.insecure_channel(target, [unlimited, ("grpc.enable_http_proxy", 0)])
-        self.stub = SplitLearningServiceStub(self.channel)
+        self.stub: Any = SplitLearningServiceStub(self.channel)  # type: ignore[no-untyped-call]
         request = pb.JoinRequest(oldest_version=1, newest_version=1, name=name)
         self.membership = self.stub.Join(request)
         self.welcome: pb.Welcome = next(self.membership).welcome

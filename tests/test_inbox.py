@@ -199,7 +199,7 @@ def test_closing_wakes_the_trainer_that_waits_for_work() -> None:
 
 def test_closing_tells_the_reason_to_who_waits_for_an_answer() -> None:
     inbox = Inbox(2, 5, fixed_order=False)
-    items = [job(0, 1), job(0, 2), exam(0), job(1, 1)]
+    items: list[Job | Exam] = [job(0, 1), job(0, 2), exam(0), job(1, 1)]
     for item in items:
         inbox.put(item)
     inbox.put(EpochEnd(1))

@@ -1,6 +1,7 @@
 """What tests of waiting share: something done meanwhile, and whether it still waits."""
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -27,3 +28,12 @@ def waits(result: Future[Any], seconds: float = 0.1) -> bool:
     except TimeoutError:
         return True
     return False
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Until it holds. Raises AssertionError if it does not in a time that is ample."""
+    for _ in range(1000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not come to that in time")

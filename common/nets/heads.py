@@ -24,8 +24,8 @@ def gap(shape: Shape, classes: int) -> nn.Module:
 def flat(shape: Shape, classes: int) -> nn.Module:
     """One linear layer on all of z: the paper's head (arXiv 2601.19261, section III), read literally.
 
-    Its inputs are the C*H*W post-ReLU values of z, so its gradient is thousands of times that of
-    `gap`'s: it diverges at learning rates that suit the other heads (docs/methods.md).
+    Its inputs are the C*H*W post-ReLU values of z, not an average of them: it diverges at learning
+    rates that suit the other heads (docs/methods.md).
     """
     return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), classes))
 
@@ -57,8 +57,8 @@ def conv(shape: Shape, classes: int) -> nn.Module:
 def strided(shape: Shape, classes: int) -> nn.Module:
     """Two strided 3x3 convolutions to 32 and 64 channels, global average pool, one linear layer.
 
-    A small copy of what the rest of the network does. It learns most in the runs of
-    benchmarks/accuracy, and costs the client least after `gap` and `flat`.
+    A small copy of what the rest of the network does; with it the joined network learns most in the
+    runs of benchmarks/accuracy.
     """
     channels = shape[0]
     layers: list[nn.Module] = []
