@@ -30,7 +30,7 @@ from common.wire import rpc
 from common.wire import split_learning_pb2 as pb
 from common.wire.pieces import Piece
 from dsl_client.connection import Connection
-from dsl_client.stream import Outgoing
+from dsl_client.stream import Examination, Outgoing
 from dsl_server import service
 from dsl_server.inbox import Exam, Job
 from dsl_server.server import Server
@@ -175,6 +175,30 @@ def test_a_client_that_waits_for_its_last_receipts_is_told_that_a_step_failed(
         connection.close()
 
 
+def test_a_step_that_fails_after_its_client_left_is_not_taken_for_a_finished_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client need not wait for its receipts before it says goodbye, though ours does."""
+    gate = threading.Event()
+
+    def before(step: int) -> None:
+        assert gate.wait(20)
+        if step == 2:
+            raise RuntimeError("out of luck")
+
+    step_of(monkeypatch, "dsl", before)
+    with serving(small_run(method="dsl", inbox=9), tmp_path) as server, member(server) as client:
+        sending = in_thread(client.stream, [smashed(server.run)] * 3)
+        wait_for(lambda: server.rounds.members()[0].received == 3)
+        client.leave()
+        gate.set()
+        # BUG: dsl_server/server.py, _train: rounds.close does nothing once every client has left, so
+        # the failure is lost: wait() is True, and the part is saved as if it had been trained.
+        assert "out of luck" in str(ended(server))
+        error: Any = sending.exception(timeout=SOON_S)
+        assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+
+
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ordinary = METHODS["csl"]()
 
@@ -212,13 +236,34 @@ def test_a_server_that_is_stopped_tells_the_clients_that_train(
 ) -> None:
     running = threading.Event()
     step_of(monkeypatch, method, lambda step: running.set() if step == 5 else None)
-    with serving(small_run(method=method, clients=2, epochs=1000), tmp_path) as server:
-        everyone = [trains(server, name)[1] for name in ("ann", "bob")]
+    with serving(small_run(method=method, clients=2), tmp_path) as server:
+        everyone = [trains(server, name, samples=20_000)[1] for name in ("ann", "bob")]
         assert running.wait(SOON_S)
         server.stop(ClosedError("the server was stopped (Ctrl-C)"))
         for client in everyone:
             assert "the server was stopped (Ctrl-C)" in str(told(client))
         assert "Ctrl-C" in str(ended(server))
+
+
+def test_a_client_that_is_between_two_calls_is_told_why_the_server_went_too(tmp_path: Path) -> None:
+    with serving(small_run(), tmp_path) as server:
+        connection, _ = connect(server)
+        server.stop(ClosedError("the server was stopped (Ctrl-C)"))
+        wait_for(lambda: connection._over is not None)
+        # BUG: dsl_client/connection.py: only that nobody is there is told ("failed to connect"), though
+        # the membership's end has told the reason; `evaluation` and `sync` do not look at `_over`.
+        examination = connection.evaluation(0, 0, spec_of(server.run), 2)
+        scored = in_thread(score, examination, smashed(server.run))
+        assert "the server was stopped (Ctrl-C)" in str(told(scored))
+        swapped = in_thread(connection.sync, pb.SYNC_PURPOSE_TAKE_TURN, 0, {}, 0, {})
+        assert "the server was stopped (Ctrl-C)" in str(told(swapped))
+        connection.close()
+
+
+def score(examination: Examination, batch: Smashed) -> None:
+    for _ in range(20):
+        examination(batch)
+    examination.finish(None)
 
 
 @pytest.mark.parametrize("method", ["dsl", "csl"])
