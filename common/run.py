@@ -7,13 +7,13 @@ import difflib
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from common.errors import ConfigError
 
-Sync = Literal["none", "average", "relay"]
+Sync = Literal["auto", "none", "average", "relay"]
 Schedule = Literal["constant", "cosine", "step"]
 Recipe = Literal["modern", "paper"]
 
@@ -57,7 +57,9 @@ class Run:
     name: str = "run"
     """What the run is called in logs and folders."""
     method: str = "dsl"
-    """Who learns from what: dsl (each side from its own loss) or csl (the cut gradient returns)."""
+    """Who learns from what: dsl, csl and the others that `dsl methods` lists."""
+    method_arg: dict[str, str | float] = field(default_factory=dict)
+    """The method's own settings, such as alpha=1.0; in a file, its [method_arg] table."""
     model: str = "resnet20"
     """The network: resnet20, 32, 44, 56, 110, or any other 6n+2."""
     split: str = "m"
@@ -66,8 +68,9 @@ class Run:
     """The client's auxiliary head: gap, flat, mlp, conv or strided, for methods with a local loss."""
     clients: int = 1
     """How many clients make the run."""
-    sync: Sync = "none"
-    """The clients' parts: each its own, averaged each epoch, or one part relayed in turn."""
+    sync: Sync = "auto"
+    """The clients' parts: none (each its own), average (each epoch), relay (one part, in turn).
+    auto: as the method has it, none where it does not say."""
     data: str = "sample"
     """sample, fashion-mnist, cifar10, cifar100, npz:FILE or folder:DIR. Only clients read it."""
     partition: str = "iid"
@@ -183,7 +186,7 @@ _LEAST = {
     "inbox": 1,
 }
 _ALLOWED = {
-    "sync": ("none", "average", "relay"),
+    "sync": ("auto", "none", "average", "relay"),
     "schedule": ("constant", "cosine", "step"),
     "recipe": tuple(RECIPES),
 }
@@ -197,7 +200,7 @@ def checked(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """
     if not isinstance(values, dict):
         raise ConfigError(f"{origin} is not a table of settings")
-    defaults = {field.name: field.default for field in fields(Run)}
+    defaults = {f.name: {} if f.default is MISSING else f.default for f in fields(Run)}
     result = {}
     for key, value in values.items():
         name = key.replace("-", "_")

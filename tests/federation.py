@@ -51,6 +51,9 @@ class Batches:
     def __len__(self) -> int:
         return -(-self.samples // self._size)
 
+    def size(self, batch: int) -> int:
+        return len(self.y.split(self._size)[batch])
+
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield from zip(self.x.split(self._size), self.y.split(self._size), strict=True)
 
@@ -80,7 +83,7 @@ def train(run: Run, connection: Connection, client: int, data: Batches, test: Ba
     """One client, from its first epoch to its goodbye; its part. Tells the server if it fails."""
     from dsl_client.client import measurements
 
-    method, clock = build_method(run.method), Clock()
+    method, clock = build_method(run), Clock()
     part = client_part(run, method, build(run), CPU)
     try:
         Trainer(run, client, method, part, connection, spec_of(run), clock).train(data, test)
