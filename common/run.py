@@ -7,7 +7,7 @@ import difflib
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,8 +58,8 @@ class Run:
     """What the run is called in logs and folders."""
     method: str = "dsl"
     """Who learns from what: dsl, csl and the others that `dsl methods` lists."""
-    method_arg: dict[str, str | float] = field(default_factory=dict)
-    """The method's own settings, such as alpha=1.0; in a file, its [method_arg] table."""
+    method_arg: tuple[str, ...] = ()
+    """The method's own settings, such as alpha=1.0 phi=0.5. In a file: the [method] table, beside name."""
     model: str = "resnet20"
     """The network: resnet20, 32, 44, 56, 110, or any other 6n+2."""
     split: str = "m"
@@ -200,7 +200,7 @@ def checked(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """
     if not isinstance(values, dict):
         raise ConfigError(f"{origin} is not a table of settings")
-    defaults = {f.name: {} if f.default is MISSING else f.default for f in fields(Run)}
+    defaults = {field.name: field.default for field in fields(Run)}
     result = {}
     for key, value in values.items():
         name = key.replace("-", "_")
@@ -210,7 +210,7 @@ def checked(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
             raise ConfigError(f"{origin}: unknown key {key!r}{hint}")
         if not _fits(name, value, defaults[name]):
             raise ConfigError(f"{origin}: {key} = {value!r} is of the wrong type")
-        result[name] = tuple(value) if name == "image" and value is not None else value
+        result[name] = tuple(value) if isinstance(value, list) else value
     return result
 
 
@@ -222,7 +222,7 @@ def defaults_from(file: Path | None, recipe: str | None) -> Run:
     values: dict[str, Any] = {}
     if file is not None:
         try:
-            values = checked(tomllib.loads(file.read_text()), str(file))
+            values = checked(_flattened(tomllib.loads(file.read_text())), str(file))
         except OSError as error:
             raise ConfigError(f"--config {file}: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -233,11 +233,23 @@ def defaults_from(file: Path | None, recipe: str | None) -> Run:
     return Run(**{**RECIPES[values["recipe"]], **values})
 
 
+def _flattened(values: dict[str, Any]) -> dict[str, Any]:
+    """A file's [method] table, as the method's name and its settings."""
+    method = values.get("method")
+    if not isinstance(method, dict):
+        return values
+    settings = tuple(f"{key}={value}" for key, value in method.items() if key != "name")
+    named = {"method": method["name"]} if "name" in method else {}
+    return {**{k: v for k, v in values.items() if k != "method"}, **named, "method_arg": settings}
+
+
 def _fits(name: str, value: object, default: object) -> bool:
     if name == "image":
         return value is None or (
             isinstance(value, list | tuple) and len(value) == 3 and all(type(side) is int for side in value)
         )
+    if name == "method_arg":
+        return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
     if name == "classes":
         return value is None or type(value) is int
     if isinstance(default, float):

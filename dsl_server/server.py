@@ -39,6 +39,7 @@ class Server:
     """`listen`: host:port, port 0 for any. Raises ConfigError when the run or the port cannot be."""
 
     def __init__(self, run: Run, listen: str, device: torch.device, folder: RunFolder) -> None:
+        assert run.sync != "auto", "methods.settled says what becomes of the clients' parts"
         self.run, self._folder = run, folder
         self.method = build_method(run)
         net = build(run)

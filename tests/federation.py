@@ -11,7 +11,7 @@ from torch import Tensor
 
 from common.errors import ClosedError
 from common.meter import Clock, Traffic
-from common.methods import build_method
+from common.methods import build_method, settled
 from common.methods.base import ClientPart
 from common.nets.cut import build
 from common.parts import client_part
@@ -36,7 +36,7 @@ def small_run(**settings: Any) -> Run:
         "epochs": 2,
         "lr": 0.05,
     }
-    return Run(**{**defaults, **settings})
+    return settled(Run(**{**defaults, **settings}))
 
 
 class Batches:

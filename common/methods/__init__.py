@@ -1,6 +1,7 @@
 """Every method by its name. Each has a file of its own that holds both halves and its citation."""
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, get_args, get_type_hints
@@ -32,17 +33,11 @@ METHODS: Mapping[str, Callable[..., Method]] = {
 
 
 def build_method(run: Run) -> Method:
-    """The run's method with its arguments. Raises ConfigError, naming what there is."""
+    """The run's method with its settings. Raises ConfigError, naming what there is."""
     if run.method not in METHODS:
         raise ConfigError(f"--method {run.method!r}: choose from {', '.join(METHODS)}")
     make = METHODS[run.method]
-    known = arguments(make)
-    return make(
-        **{
-            _known(run.method, name, known): _value(run.method, known, name, text)
-            for name, text in run.method_arg.items()
-        }
-    )
+    return make(**dict(_setting(run.method, arguments(make), text) for text in run.method_arg))
 
 
 def settled(run: Run) -> Run:
@@ -61,25 +56,23 @@ def arguments(make: Callable[..., Method]) -> dict[str, tuple[Any, Any]]:
     return {name: (hints[name], p.default) for name, p in inspect.signature(make).parameters.items()}
 
 
-def _known(method: str, name: str, known: Mapping[str, Any]) -> str:
-    if name not in known:
+def _setting(method: str, known: Mapping[str, tuple[Any, Any]], text: str) -> tuple[str, Any]:
+    """A `name=value`, the value of the setting's type."""
+    name, equals, given = text.partition("=")
+    if name not in known or not equals:
         there = f"it has {', '.join(known)}" if known else "it has none"
-        raise ConfigError(f"--method-arg {name}: {method} has no such setting; {there}")
-    return name
-
-
-def _value(method: str, known: Mapping[str, tuple[Any, Any]], name: str, given: str | float) -> Any:
-    """A flag's text, or a file's value, as the setting's type."""
+        raise ConfigError(f"--method-arg {text}: {method} has no setting {name!r}; {there} (name=value)")
     kind = known[name][0]
-    if choices := get_args(kind):
-        if given not in choices:
-            raise ConfigError(f"--method-arg {name} {given!r}: {method} takes {', '.join(choices)}")
-        return given
+    choices = get_args(kind)
     try:
-        value = kind(given)
-        if float(value) != float(given):
-            raise ValueError
-    except (TypeError, ValueError):
+        if not choices:
+            value = kind(given)
+            if not math.isfinite(value):
+                raise ValueError
+            return name, value
+    except ValueError:
         what = "a whole number" if kind is int else "a number"
-        raise ConfigError(f"--method-arg {name} {given!r}: {method} takes {what}") from None
-    return value
+        raise ConfigError(f"--method-arg {text}: {method} takes {what}") from None
+    if given not in choices:
+        raise ConfigError(f"--method-arg {text}: {method} takes {', '.join(choices)}")
+    return name, given

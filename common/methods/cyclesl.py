@@ -27,7 +27,7 @@ def cyclesl(server_epochs: int = 1, server_batch: int = 0) -> Method:
     """server_batch: samples of a server step; 0: as many as the first client's batch has."""
     if server_epochs < 1 or server_batch < 0:
         raise ConfigError(
-            f"cyclesl: server_epochs {server_epochs} and server_batch {server_batch} are too few"
+            f"cyclesl: server_epochs {server_epochs} is below 1, or server_batch {server_batch} below 0"
         )
     rule = partial(_server_step, server_epochs, server_batch)
     return Method("cyclesl", client_step, rule, local_loss=False, answers=True, gather=Gather.ALL)

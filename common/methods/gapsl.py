@@ -12,7 +12,8 @@ has no gradient and alignment is a filter: gda="filter", literal and the default
 g_k along the term's negative gradient with g_k as the variable; gda="exact" differentiates twice, with
 the leader constant. Standard deviations are of the population. In the first round, and whenever the
 angles' spread has not varied, stability is 0. eta has no published value. When no client is below the
-threshold the nearest is kept. A client left out has no part in the loss: its answer is "skip".
+threshold the nearest is kept. With few clients the defaults keep few: of two always the first, of ten
+about three. A client left out has no part in the loss: its answer is "skip".
 """
 
 import math
@@ -103,7 +104,7 @@ class _Server:
         varied = self._spread_max - self._spread_min
         stability = (self._spread_max - spread) / varied if varied > 0 else 0.0
         percent = self._k_min + progress * stability * (self._k_max - self._k_min)
-        return max(1, math.ceil(percent / 100 * len(gradients)))
+        return max(1, math.ceil(percent * len(gradients) / 100))
 
 
 def flat(gradients: Iterable[Tensor]) -> Tensor:
@@ -135,7 +136,9 @@ def kept_clients(angles: Tensor, eta: float) -> list[int]:
 
 
 def alignment(gradient: Tensor, leader: Tensor) -> Tensor:
-    """Minus the gradient of 1 - cos(g, leader) with respect to g (P,)."""
+    """Minus the gradient of 1 - cos(g, leader) with respect to g (P,); 0 for a g of 0, which has no angle."""
+    if not gradient.any():
+        return torch.zeros_like(gradient)
     g, lead = F.normalize(gradient, dim=0), F.normalize(leader, dim=0)
     away: Tensor = (lead - (g @ lead) * g) / gradient.norm()
     return away

@@ -4,7 +4,8 @@ As SGLR describes it (Pal et al. 2021, https://arxiv.org/abs/2112.05929, Eq. 4):
 bottom, never averaged; the server's loss is the mean over all samples, which weights clients by theirs.
 
 Our reading: a client is sent the gradient of its own batch's mean loss. That of the server's loss is
-n_k / n of it, so that under SGD a client's step would shrink with every client that joins.
+n_k / n of it, so that under SGD a client's step would shrink with every client that joins. (With BatchNorm
+in the top it is n / n_k of the union's gradient: the statistics are those of all samples.)
 """
 
 from collections.abc import Sequence

@@ -7,7 +7,8 @@ https://arxiv.org/abs/2112.05929
 SplitLr: the server's learning rate is the clients' times C ** alpha, for the C clients of the step.
 SplitAvg: a share phi of the clients, drawn anew each step, is sent one and the same averaged gradient;
 the others their own. `position` averages sample by sample, as the authors' code does (Eq. 15 calls a
-sum the average); `global`, the default, averages over clients and samples to one row for all, as in CycleSL's code.
+sum the average); `global`, the default, averages over clients and samples to one row for all, as in
+CycleSL's code, and needs no batches of one size.
 
 phi = 1 all the time diverges in the paper; `phase` averages only in the first or last part of the run.
 As in psl.py, a client's own gradient is that of its own mean loss, which is what SGD asks for.
@@ -84,4 +85,4 @@ AVERAGES = {"position": position_average, "global": global_average}
 def _in_phase(phase: Phase, fraction: float, progress: float) -> bool:
     if phase == "all":
         return True
-    return progress < fraction if phase == "first" else progress >= 1 - fraction
+    return progress < fraction if phase == "first" else progress + fraction >= 1
