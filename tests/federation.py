@@ -36,7 +36,7 @@ def small_run(**settings: Any) -> Run:
         "epochs": 2,
         "lr": 0.05,
     }
-    return settled(Run(**{**defaults, **settings}))
+    return Run(**{**defaults, **settings})
 
 
 class Batches:
@@ -65,6 +65,7 @@ def spec_of(run: Run) -> BatchSpec:
 @contextlib.contextmanager
 def serving(run: Run, folder: Path) -> Iterator[Server]:
     """A real server on a free port of loopback, stopped at the end."""
+    run = settled(run)
     server = Server(run, "127.0.0.1:0", CPU, RunFolder(folder / "server", run, "server"))
     server.start()
     try:
@@ -98,6 +99,7 @@ def federation(
     run: Run, folder: Path, data: Sequence[Batches]
 ) -> tuple[Server, list[ClientPart], dict[str, Any]]:
     """Every client in a thread of its own against a real server; the server, parts, and summary."""
+    run = settled(run)
     test = Batches(run, seed=99, samples=20)
     with serving(run, folder) as server, ThreadPoolExecutor(len(data)) as pool:
         members = [connect(server) for _ in data]
