@@ -23,7 +23,7 @@ def client_part(run: Run, method: Method, net: CutNet, device: torch.device) -> 
 
 def server_part(run: Run, net: CutNet, device: torch.device) -> ServerPart:
     top = net.top.to(device)
-    return ServerPart(top, sgd(top.parameters(), run))
+    return ServerPart(top, sgd(top.parameters(), run), torch.Generator().manual_seed(run.seed))
 
 
 def state_of(part: Part, momentum: bool = True) -> State:

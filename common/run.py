@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from common.errors import ConfigError
 
-Sync = Literal["none", "average", "relay"]
+Sync = Literal["auto", "none", "average", "relay"]
 Schedule = Literal["constant", "cosine", "step"]
 Recipe = Literal["modern", "paper"]
 
@@ -57,7 +57,9 @@ class Run:
     name: str = "run"
     """What the run is called in logs and folders."""
     method: str = "dsl"
-    """Who learns from what: dsl (each side from its own loss) or csl (the cut gradient returns)."""
+    """Who learns from what: dsl, csl and the others that `dsl methods` lists."""
+    method_arg: tuple[str, ...] = ()
+    """The method's own settings, such as alpha=1.0 phi=0.5. In a file: the [method] table, beside name."""
     model: str = "resnet20"
     """The network: resnet20, 32, 44, 56, 110, or any other 6n+2."""
     split: str = "m"
@@ -66,8 +68,9 @@ class Run:
     """The client's auxiliary head: gap, flat, mlp, conv or strided, for methods with a local loss."""
     clients: int = 1
     """How many clients make the run."""
-    sync: Sync = "none"
-    """The clients' parts: each its own, averaged each epoch, or one part relayed in turn."""
+    sync: Sync = "auto"
+    """The clients' parts: none (each its own), average (each epoch), relay (one part, in turn).
+    auto: as the method has it, none where it does not say."""
     data: str = "sample"
     """sample, fashion-mnist, cifar10, cifar100, npz:FILE or folder:DIR. Only clients read it."""
     partition: str = "iid"
@@ -183,7 +186,7 @@ _LEAST = {
     "inbox": 1,
 }
 _ALLOWED = {
-    "sync": ("none", "average", "relay"),
+    "sync": ("auto", "none", "average", "relay"),
     "schedule": ("constant", "cosine", "step"),
     "recipe": tuple(RECIPES),
 }
@@ -207,7 +210,7 @@ def checked(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
             raise ConfigError(f"{origin}: unknown key {key!r}{hint}")
         if not _fits(name, value, defaults[name]):
             raise ConfigError(f"{origin}: {key} = {value!r} is of the wrong type")
-        result[name] = tuple(value) if name == "image" and value is not None else value
+        result[name] = tuple(value) if isinstance(value, list) else value
     return result
 
 
@@ -219,7 +222,7 @@ def defaults_from(file: Path | None, recipe: str | None) -> Run:
     values: dict[str, Any] = {}
     if file is not None:
         try:
-            values = checked(tomllib.loads(file.read_text()), str(file))
+            values = checked(_flattened(tomllib.loads(file.read_text())), str(file))
         except OSError as error:
             raise ConfigError(f"--config {file}: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -230,11 +233,23 @@ def defaults_from(file: Path | None, recipe: str | None) -> Run:
     return Run(**{**RECIPES[values["recipe"]], **values})
 
 
+def _flattened(values: dict[str, Any]) -> dict[str, Any]:
+    """A file's [method] table, as the method's name and its settings."""
+    method = values.get("method")
+    if not isinstance(method, dict):
+        return values
+    settings = tuple(f"{key}={value}" for key, value in method.items() if key != "name")
+    named = {"method": method["name"]} if "name" in method else {}
+    return {**{k: v for k, v in values.items() if k != "method"}, **named, "method_arg": settings}
+
+
 def _fits(name: str, value: object, default: object) -> bool:
     if name == "image":
         return value is None or (
             isinstance(value, list | tuple) and len(value) == 3 and all(type(side) is int for side in value)
         )
+    if name == "method_arg":
+        return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
     if name == "classes":
         return value is None or type(value) is int
     if isinstance(default, float):

@@ -164,6 +164,10 @@ class Batches:
         """How many batches an epoch has."""
         return math.ceil(self.samples / self._size)
 
+    def size(self, batch: int) -> int:
+        """How many samples the batch of this index has."""
+        return min(self._size, self.samples - batch * self._size)
+
     def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Epoch `number` from its batch `start` on: x (B, C, H, W) float32, y (B,) int64.
 

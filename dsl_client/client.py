@@ -45,7 +45,7 @@ class Client:
         on_scored: Callable[[Scored], None] = lambda _: None,
     ) -> Path:
         """From the data to the goodbye; the folder with all that is left. Raises the reason of a failure."""
-        run, method = self.run, build_method(self.run.method)
+        run, method = self.run, build_method(self.run)
         folder = RunFolder(out, run, f"client-{self.index}")
         net = build(run)
         self.part = client_part(run, method, net, self._device)

@@ -7,6 +7,7 @@ import grpc
 
 from common.errors import ClosedError, SplitLearningError
 from common.meter import Clock, Traffic
+from common.methods.base import Method
 from common.parts import Spec, State
 from common.wire import codec, rpc
 from common.wire import split_learning_pb2 as pb
@@ -59,7 +60,7 @@ class Connection:
         batches: int,
         samples: int,
         spec: BatchSpec,
-        answers: bool,
+        method: Method,
         depth: int,
     ) -> Segment:
         """Opens a segment. Waits for the receipt of the one before the last, and for no other."""
@@ -72,8 +73,8 @@ class Connection:
             batches=batches,
             samples=samples,
         )
-        start = self._calls[rpc.TRAIN] if answers else self._calls[rpc.STREAM_ACTIVATIONS].future
-        segment = Segment(start, opening, spec, answers, depth, self._clock)
+        start = self._calls[rpc.TRAIN] if method.answers else self._calls[rpc.STREAM_ACTIVATIONS].future
+        segment = Segment(start, opening, spec, method, depth, self._clock)
         self._segments.append(segment)
         if self._over:
             segment.fail(self._over)

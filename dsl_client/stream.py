@@ -18,7 +18,7 @@ from torch import Tensor
 from common.channel import Channel
 from common.errors import ClosedError, FullError, RefusedError, SplitLearningError, WireError
 from common.meter import Clock
-from common.methods.base import Smashed
+from common.methods.base import Method, Smashed
 from common.wire import codec
 from common.wire import split_learning_pb2 as pb
 from common.wire.codec import BatchSpec
@@ -88,10 +88,10 @@ class Segment:
     """One client's batches of one epoch. Call it with each; it gives dL/dz (B, C, H, W), or None."""
 
     def __init__(
-        self, start: Call, opening: pb.Segment, spec: BatchSpec, answers: bool, depth: int, clock: Clock
+        self, start: Call, opening: pb.Segment, spec: BatchSpec, method: Method, depth: int, clock: Clock
     ) -> None:
-        self._kind = pb.TrainRequest if answers else pb.StreamActivationsRequest
-        self._spec, self._answers, self._clock = spec, answers, clock
+        self._kind = pb.TrainRequest if method.answers else pb.StreamActivationsRequest
+        self._spec, self._method, self._clock = spec, method, clock
         self._sequence = opening.first_sequence - 1
         self._stream = Outgoing(start, Piece(self._kind(segment=opening)), depth, clock)
         self.server_loss: float | None = None  # of the last batch that was answered
@@ -100,7 +100,7 @@ class Segment:
         self._sequence += 1
         with self._clock("wait"):
             self._stream.put(codec.pack_batch(self._kind, self._sequence, smashed, self._spec))
-            return self._answer(smashed) if self._answers else None
+            return self._answer(smashed) if self._method.answers else None
 
     def finish(self) -> None:
         """Ends the segment; does not wait for its receipt."""
@@ -112,19 +112,21 @@ class Segment:
     def receipt(self) -> None:
         """Waits until the server has trained on all of it. Raises why it has not."""
         with telling():
-            if self._answers:
+            if self._method.answers:
                 for _ in self._stream.call:
                     raise WireError("the server answered a batch that was not sent")
             else:
                 judged(self._stream.call.result())
 
-    def _answer(self, smashed: Smashed) -> Tensor:
+    def _answer(self, smashed: Smashed) -> Tensor | None:
         with telling():
             first = following(self._stream.call)
             rest = map(judged, self._stream.call)
             shape = tuple(smashed.z.shape)
             gradient, self.server_loss = codec.unpack_gradient(first, rest, self._sequence, shape)
-        return gradient.to(smashed.z.device)
+        if gradient is None and not self._method.may_skip:
+            raise WireError(f"the server's answer to batch {self._sequence} has no gradient")
+        return None if gradient is None else gradient.to(smashed.z.device)
 
 
 class Examination:

@@ -74,19 +74,21 @@ class Trainer:
 
     def _epoch(self, epoch: int, data: Batches, on_step: Callable[[Step], None]) -> Tensor | None:
         """Trains on each batch once; the client's own mean loss () over the epoch, if it has one."""
-        batches = len(data)
-        first, answers = self._sequence + 1, self._method.answers
+        batches, method = len(data), self._method
+        sent = range(0, batches, method.every)
+        samples = sum(data.size(index) for index in sent)
         segment = self._connection.segment(
-            epoch, first, batches, data.samples, self._spec, answers, self._run.outbox
+            epoch, self._sequence + 1, len(sent), samples, self._spec, method, self._run.outbox
         )
         total: Tensor | None = None
         for index, (x, y) in enumerate(data.epoch(epoch)):
             rate = learning_rate(self._run, progress_of(self._run, epoch, index, batches))
             set_learning_rate(self._part.optimizer, rate)
             start = time.perf_counter()
-            loss = run_step(self._method.client_step(self._part, x, y), segment)
+            wire = segment if index in sent else _nowhere
+            loss = run_step(method.client_step(self._part, x, y), wire)
             self._clock.add("step", time.perf_counter() - start)
-            self._sequence += 1
+            self._sequence += index in sent
             if loss is not None:
                 total = loss * len(y) + (0 if total is None else total)
             shown = segment.server_loss if loss is None else loss
@@ -134,3 +136,7 @@ class Trainer:
     ) -> dict[str, Tensor]:
         expected = specs(state_of(self._part, momentum=self._run.sync == "relay"))
         return self._connection.sync(purpose, epoch, state, samples, expected)
+
+
+def _nowhere(_: Smashed) -> None:
+    """The wire of a batch that the method does not send."""

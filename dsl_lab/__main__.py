@@ -26,7 +26,16 @@ class Report:
     """Where the report goes; the figures go beside it as PNG files."""
 
 
-Command = Annotated[Demo, tyro.conf.subcommand("demo")] | Annotated[Report, tyro.conf.subcommand("report")]
+@dataclass(frozen=True)
+class Methods:
+    """Lists every method with its settings, what travels each way, and its source."""
+
+
+Command = (
+    Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Methods, tyro.conf.subcommand("methods")]
+)
 
 
 def main() -> None:
@@ -39,6 +48,11 @@ def _main(arguments: list[str]) -> int:
     command = tyro.cli(Command, prog=PROGRAM, description=DESCRIPTION, args=arguments)
     if isinstance(command, Demo):
         demo(command, console)
+        return 0
+    if isinstance(command, Methods):
+        from dsl_lab import methods  # imports torch
+
+        methods.show(console)
         return 0
     from dsl_lab import figures, report, runs, table
 

@@ -49,10 +49,11 @@ def _main(arguments: list[str]) -> int:
 
 
 def _serve(options: Options) -> int:
-    from common.rundir import RunFolder  # these import torch
+    from common.methods import settled  # these import torch
+    from common.rundir import RunFolder
     from dsl_server.server import Server
 
-    run = options.run
+    run = settled(options.run)
     device = cli.device_of(options.device)
     folder = RunFolder(options.out, run, "server")
     server = Server(run, options.listen, device, folder)

@@ -9,7 +9,8 @@ How the lanes are served:
   starved by another;
 * in fixed order: a tick waits until every lane that is still in the epoch has something, then takes
   one batch from each, by client index. The order depends on the data alone, so runs repeat.
-  Evaluations happen between epochs. `gather=ALL` needs this; its tick is one group.
+  Evaluations happen between epochs, after the end of the round is told. With `gather=ALL` a tick
+  is one group.
 
     lane 0  | b b b End |b b b End          tick 1: 0 1 2   tick 2: 0 1 2   tick 3: 0 2
     lane 1  | b b End ·  ·|b b End                                          (1 waits for the epoch's end)
@@ -74,8 +75,13 @@ class EpochEnd:
     client: int
 
 
+@dataclass(frozen=True)
+class RoundEnd:
+    """Every client has come to the end of the epoch, and none has begun the next."""
+
+
 Item = Job | Exam | EpochEnd
-Work = Sequence[Job] | Exam
+Work = Sequence[Job] | Exam | RoundEnd
 
 
 class Inbox:
@@ -85,7 +91,7 @@ class Inbox:
         self._members = set(range(clients))  # those that have not left
         self._in_epoch = set(range(clients))  # those that have batches left, in fixed order
         self._depth = depth
-        self._fixed_order = fixed_order or gather is Gather.ALL
+        self._fixed_order = fixed_order
         self._gather = gather
         self._closed: ClosedError | None = None
         self._changed = threading.Condition()
@@ -111,7 +117,7 @@ class Inbox:
         with self._changed:
             self._closed = self._closed or reason
             left = [item for lane in self._lanes for item in lane]
-            left += [item for work in self._tick for item in ([work] if isinstance(work, Exam) else work)]
+            left += [item for work in self._tick for item in answered(work)]
             self._tick.clear()
             for lane in self._lanes:
                 lane.clear()
@@ -131,19 +137,15 @@ class Inbox:
                 self._changed.wait_for(self._ready)
                 if self._closed or not self._active():
                     return None
-                self._tick.extend(
-                    self._grouped(self._in_order() if self._fixed_order else self._as_they_come())
-                )
+                self._tick.extend(self._in_order() if self._fixed_order else self._as_they_come())
                 self._changed.notify_all()
             return self._tick.popleft()
 
-    def _grouped(self, items: Sequence[Item]) -> Iterator[Work]:
+    def _grouped(self, items: Sequence[Item]) -> list[Work]:
+        exams = [item for item in items if isinstance(item, Exam)]
         jobs = [item for item in items if isinstance(item, Job)]
-        yield from (item for item in items if isinstance(item, Exam))
-        if self._gather is Gather.EACH:
-            yield from ([job] for job in jobs)
-        elif jobs:
-            yield jobs
+        groups = [jobs] if self._gather is Gather.ALL and jobs else [[job] for job in jobs]
+        return [*exams, *groups]
 
     def _active(self) -> list[int]:
         """Clients with something in their lane or still to come."""
@@ -157,11 +159,10 @@ class Inbox:
             return not active or any(self._lanes[c] for c in active)
         return all(self._lanes[c] for c in active if c in self._in_epoch)
 
-    def _as_they_come(self) -> list[Item]:
-        heads = [lane.popleft() for lane in self._lanes if lane]
-        return [item for item in heads if not isinstance(item, EpochEnd)]
+    def _as_they_come(self) -> list[Work]:
+        return self._grouped([lane.popleft() for lane in self._lanes if lane])
 
-    def _in_order(self) -> list[Item]:
+    def _in_order(self) -> list[Work]:
         """One step of the fixed order: ends of epochs first, then evaluations, then batches."""
         self._in_epoch &= set(self._active())
         if not self._in_epoch:
@@ -171,7 +172,14 @@ class Inbox:
         ended = [lane for lane in lanes if isinstance(lane[0], EpochEnd)]
         exams = [lane for lane in lanes if isinstance(lane[0], Exam)]
         taken = [lane.popleft() for lane in ended or exams or lanes]
-        if ended:
-            self._in_epoch -= {item.client for item in taken}
-            return []
-        return taken
+        if not ended:
+            return self._grouped(taken)
+        self._in_epoch -= {item.client for item in taken}
+        return [RoundEnd()] if not self._in_epoch else []
+
+
+def answered(work: Work) -> Sequence[Job | Exam]:
+    """Those in it that somebody awaits an answer for."""
+    if isinstance(work, RoundEnd):
+        return []
+    return [work] if isinstance(work, Exam) else work

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,7 @@ class Record:
         self._epochs: dict[int, list[Evaluation]] = {}
         self._measurements: list[pb.Measurements] = []
         self._loss_sum, self._loss_samples = 0.0, 0
+        self._facts: list[Mapping[str, float]] = []  # since the last line
         self.samples_trained = 0
         self.epoch = 0  # the latest that a client has begun, from 0
         self.loss = float("nan")  # a running mean, for who watches
@@ -70,8 +72,10 @@ class Record:
         with self._lock:
             self.epoch = max(self.epoch, epoch)
 
-    def trained(self, samples: int, loss: float) -> None:
+    def trained(self, samples: int, loss: float, facts: Mapping[str, float]) -> None:
+        """A step's samples, mean loss, and what the method noted of it."""
         with self._lock:
+            self._facts.append(facts)
             self.samples_trained += samples
             self.loss = loss if self._loss_samples == 0 else 0.95 * self.loss + 0.05 * loss
             self._loss_sum += samples * loss
@@ -134,12 +138,21 @@ class Record:
                 "train": {
                     "loss": self._loss_sum / max(1, self._loss_samples),
                     "client_loss": sum(losses) / len(losses) if losses else None,
+                    **{
+                        name: sum(f[name] for f in self._facts) / len(self._facts)
+                        for name in _names(self._facts)
+                    },
                 },
                 "test": self.test,
                 "wire": {"up": self._traffic.total("up"), "down": self._traffic.total("down")},
             }
         )
         self._loss_sum, self._loss_samples = 0.0, 0
+        self._facts.clear()
+
+
+def _names(facts: Sequence[Mapping[str, float]]) -> Iterable[str]:
+    return facts[0] if facts else ()
 
 
 def _joined(evaluations: list[Evaluation]) -> dict[str, float | None]:

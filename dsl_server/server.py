@@ -14,6 +14,8 @@ from common import checkpoint
 from common.errors import ClosedError, ConfigError, SplitLearningError
 from common.meter import Clock, Traffic
 from common.methods import build_method
+from common.methods.base import Gather
+from common.methods.hosting import Hosting
 from common.nets.cut import build
 from common.parts import client_part, server_part, specs, state_of
 from common.run import Run
@@ -37,18 +39,21 @@ class Server:
     """`listen`: host:port, port 0 for any. Raises ConfigError when the run or the port cannot be."""
 
     def __init__(self, run: Run, listen: str, device: torch.device, folder: RunFolder) -> None:
+        assert run.sync != "auto", "methods.settled says what becomes of the clients' parts"
         self.run, self._folder = run, folder
-        self.method = build_method(run.method)
+        self.method = build_method(run)
         net = build(run)
         self.part = server_part(run, net, device)
         self.traffic, self._clock = Traffic(), Clock()
         self._clock.module("forward", self.part.top)
-        in_turn = run.fixed_order and run.sync != "relay"  # whose turns are an order already
+        self.hosting = Hosting(run, self.method, self.part)
+        together = self.method.gather is Gather.ALL or self.method.copies or run.fixed_order
+        in_turn = together and run.sync != "relay"  # whose turns are an order already
         self.inbox = Inbox(run.clients, run.inbox, in_turn, self.method.gather)
         self.rounds = Rounds(run, on_close=self.inbox.close)
         self.sockets = Sockets()
         self.record = Record(run, net.cut_shape, folder, self.traffic, self.sockets, self._clock, device)
-        self._trainer = Trainer(run, self.method, self.part, device, self._clock)
+        self._trainer = Trainer(self.hosting, device, self._clock)
         self._thread = threading.Thread(target=self._train, name="trainer", daemon=True)
         theirs = client_part(run, self.method, net, torch.device("cpu"))
         part_specs = specs(state_of(theirs, momentum=run.sync == "relay"))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from common.errors import ClosedError
 from common.meter import Clock, Traffic
-from common.methods import build_method
+from common.methods import build_method, settled
 from common.methods.base import ClientPart
 from common.nets.cut import build
 from common.parts import client_part
@@ -51,6 +51,9 @@ class Batches:
     def __len__(self) -> int:
         return -(-self.samples // self._size)
 
+    def size(self, batch: int) -> int:
+        return len(self.y.split(self._size)[batch])
+
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield from zip(self.x.split(self._size), self.y.split(self._size), strict=True)
 
@@ -62,6 +65,7 @@ def spec_of(run: Run) -> BatchSpec:
 @contextlib.contextmanager
 def serving(run: Run, folder: Path) -> Iterator[Server]:
     """A real server on a free port of loopback, stopped at the end."""
+    run = settled(run)
     server = Server(run, "127.0.0.1:0", CPU, RunFolder(folder / "server", run, "server"))
     server.start()
     try:
@@ -80,7 +84,7 @@ def train(run: Run, connection: Connection, client: int, data: Batches, test: Ba
     """One client, from its first epoch to its goodbye; its part. Tells the server if it fails."""
     from dsl_client.client import measurements
 
-    method, clock = build_method(run.method), Clock()
+    method, clock = build_method(run), Clock()
     part = client_part(run, method, build(run), CPU)
     try:
         Trainer(run, client, method, part, connection, spec_of(run), clock).train(data, test)
@@ -95,6 +99,7 @@ def federation(
     run: Run, folder: Path, data: Sequence[Batches]
 ) -> tuple[Server, list[ClientPart], dict[str, Any]]:
     """Every client in a thread of its own against a real server; the server, parts, and summary."""
+    run = settled(run)
     test = Batches(run, seed=99, samples=20)
     with serving(run, folder) as server, ThreadPoolExecutor(len(data)) as pool:
         members = [connect(server) for _ in data]

@@ -1,6 +1,6 @@
 """What crosses a real wire must train as if there were none: bit for bit."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,11 +10,12 @@ from torch import nn
 
 from common.methods import METHODS, build_method
 from common.methods.base import ClientPart, Part, ServerPart
+from common.methods.hosting import Hosting
 from common.nets.cut import build
-from common.optim import learning_rate, progress_of, sgd
+from common.optim import learning_rate, sgd
 from common.parts import average, client_part, load_state, server_part, state_of
 from common.run import Run
-from dsl_lab.simulate import Tick, simulate
+from dsl_lab.simulate import simulate, ticks
 from tests.federation import CPU, Batches, federation, small_run
 
 
@@ -27,20 +28,9 @@ def _one_thread() -> Iterator[None]:
 
 
 def fresh(run: Run) -> tuple[list[ClientPart], ServerPart]:
-    method = build_method(run.method)
+    method = build_method(run)
     clients = [client_part(run, method, build(run), CPU) for _ in range(run.clients)]
     return clients, server_part(run, build(run), CPU)
-
-
-def ticks(run: Run, data: Sequence[Batches], epoch: int) -> Iterator[Tick]:
-    """The fixed order: one batch of every client that has any left, by index."""
-    loaded = [list(batches.epoch(epoch)) for batches in data]
-    for index in range(max(map(len, loaded))):
-        yield [
-            (client, progress_of(run, epoch, index, len(batches)), batches[index])
-            for client, batches in enumerate(loaded)
-            if index < len(batches)
-        ]
 
 
 def assert_equal(ours: Part, theirs: Part) -> None:
@@ -48,24 +38,34 @@ def assert_equal(ours: Part, theirs: Part) -> None:
         assert torch.equal(tensor, state_of(theirs)[name]), name
 
 
-@pytest.mark.parametrize("sync", ["none", "average", "relay"])
-@pytest.mark.parametrize("clients", [1, 3])
-@pytest.mark.parametrize("name", METHODS)
-def test_the_wire_changes_nothing(name: str, clients: int, sync: str, tmp_path: Path) -> None:
-    run = small_run(method=name, clients=clients, sync=sync, fixed_order=True, epochs=3)
+def runs() -> Iterator[Run]:
+    """Every method with every sync that it works with, alone and with three clients."""
+    for name in METHODS:
+        needed = build_method(small_run(method=name)).sync
+        for sync in [needed] if needed else ["none", "average", "relay"]:
+            for clients in (1, 3):
+                yield small_run(method=name, clients=clients, sync=sync, fixed_order=True, epochs=3)
+
+
+@pytest.mark.parametrize("run", runs(), ids=lambda run: f"{run.method}-{run.sync}-{run.clients}")
+def test_the_wire_changes_nothing(run: Run, tmp_path: Path) -> None:
+    clients, sync = run.clients, run.sync
     samples = [60, 41, 17][:clients]  # unequal, with short last batches: 21 steps and more
     data = [Batches(run, seed=client, samples=n) for client, n in enumerate(samples)]
     server, parts, _ = federation(run, tmp_path, data)
 
-    method, (near, near_server) = build_method(name), fresh(run)
+    method, (near, near_server) = build_method(run), fresh(run)
+    hosting = Hosting(run, method, near_server)
     for epoch in range(run.epochs):
         if sync == "relay":
             for client in range(clients):
                 load_state(near[client], state_of(near[client - 1]) if clients > 1 else {})
-                for tick in ticks(run, data, epoch):
-                    simulate(run, method, near, near_server, [[b for b in tick if b[0] == client]])
+                for tick in ticks(run, method, data, epoch):
+                    mine = [turn for turn in tick if turn.client == client]
+                    simulate(run, method, near, hosting, [mine] if mine else [])
         else:
-            simulate(run, method, near, near_server, ticks(run, data, epoch))
+            simulate(run, method, near, hosting, ticks(run, method, data, epoch))
+            hosting.end_round()
         if sync == "average":
             mean = average([state_of(part, momentum=False) for part in near], samples)
             for part in near:
@@ -74,7 +74,8 @@ def test_the_wire_changes_nothing(name: str, clients: int, sync: str, tmp_path: 
     assert_equal(server.part, near_server)
     for far, part in zip(parts, near, strict=True):
         assert_equal(far, part)
-    assert server.record.samples_trained == run.epochs * sum(samples)
+    sent = [sum(share.size(i) for i in range(0, len(share), method.every)) for share in data]
+    assert server.record.samples_trained == run.epochs * sum(sent)
 
 
 def test_csl_with_one_client_is_backpropagation_of_the_whole_network(tmp_path: Path) -> None:

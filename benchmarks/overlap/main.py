@@ -78,7 +78,7 @@ def alone(side: str, method: str, split: str, options: argparse.Namespace) -> fl
 def measure_side(options: argparse.Namespace) -> float:
     values = settings(options.method, options.splits[0], options)
     run = Run(**values)  # type: ignore[arg-type]
-    method, net, cpu = build_method(run.method), build(run), torch.device("cpu")
+    method, net, cpu = build_method(run), build(run), torch.device("cpu")
     client, server = client_part(run, method, net, cpu), server_part(run, net, cpu)
     train, _ = data.load(run.data, run.image_shape, run.class_count)
     batches = Batches(train, None, SIZE, seed=0, augment=True, device=cpu)

@@ -170,7 +170,7 @@ def main() -> None:
         "one 8 MiB message (naive)": (naive_client, grpc_port),
     }
     times: dict[str, list[float]] = {name: [] for name in designs}
-    for name, (client, port) in designs.items():
+    for client, port in designs.values():
         seconds(client, port, 4)  # warm
     for _ in range(options.rounds):
         for name, (client, port) in designs.items():

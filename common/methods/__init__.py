@@ -1,17 +1,78 @@
 """Every method by its name. Each has a file of its own that holds both halves and its citation."""
 
+import inspect
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, get_args, get_type_hints
 
 from common.errors import ConfigError
 from common.methods.base import Method
+from common.methods.cse_fsl import cse_fsl
 from common.methods.csl import csl
+from common.methods.cyclesl import cyclesl
 from common.methods.dsl import dsl
+from common.methods.gapsl import gapsl
+from common.methods.psl import psl
+from common.methods.sglr import sglr
+from common.methods.splitfed import splitfed_v1, splitfed_v2, splitfed_v3
+from common.run import Run
 
-METHODS: Mapping[str, Callable[[], Method]] = {"dsl": dsl, "csl": csl}
+METHODS: Mapping[str, Callable[..., Method]] = {
+    "dsl": dsl,
+    "csl": csl,
+    "psl": psl,
+    "splitfed-v1": splitfed_v1,
+    "splitfed-v2": splitfed_v2,
+    "splitfed-v3": splitfed_v3,
+    "sglr": sglr,
+    "gapsl": gapsl,
+    "cyclesl": cyclesl,
+    "cse-fsl": cse_fsl,
+}
 
 
-def build_method(name: str) -> Method:
-    """Raises ConfigError when there is no method of that name."""
-    if name not in METHODS:
-        raise ConfigError(f"--method {name!r}: choose from {', '.join(METHODS)}")
-    return METHODS[name]()
+def build_method(run: Run) -> Method:
+    """The run's method with its settings. Raises ConfigError, naming what there is."""
+    if run.method not in METHODS:
+        raise ConfigError(f"--method {run.method!r}: choose from {', '.join(METHODS)}")
+    make = METHODS[run.method]
+    return make(**dict(_setting(run.method, arguments(make), text) for text in run.method_arg))
+
+
+def settled(run: Run) -> Run:
+    """The run with `sync` as the method has it. Raises ConfigError where the run says otherwise."""
+    needed = build_method(run).sync
+    if run.sync == "auto":
+        return replace(run, sync=needed or "none")
+    if needed and run.sync != needed:
+        raise ConfigError(f"--sync {run.sync}: {run.method} needs {needed}; leave the flag out")
+    return run
+
+
+def arguments(make: Callable[..., Method]) -> dict[str, tuple[Any, Any]]:
+    """A method's own settings: name to (type, default)."""
+    hints = get_type_hints(make)
+    return {name: (hints[name], p.default) for name, p in inspect.signature(make).parameters.items()}
+
+
+def _setting(method: str, known: Mapping[str, tuple[Any, Any]], text: str) -> tuple[str, Any]:
+    """A `name=value`, the value of the setting's type."""
+    name, equals, given = text.partition("=")
+    if name not in known or not equals:
+        there = f"it has {', '.join(known)}" if known else "it has none"
+        raise ConfigError(f"--method-arg {text}: {method} has no setting {name!r}; {there} (name=value)")
+    kind = known[name][0]
+    choices = get_args(kind)
+    try:
+        if not choices:
+            value = kind(given)
+            if not math.isfinite(value):
+                raise ValueError
+            return name, value
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise ConfigError(f"--method-arg {text}: {method} takes {what}") from None
+    if given not in choices:
+        raise ConfigError(f"--method-arg {text}: {method} takes {', '.join(choices)}")
+    return name, given

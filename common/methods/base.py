@@ -7,11 +7,14 @@ Dimension key: B batch, C channels, H and W height and width at the cut.
 """
 
 import enum
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Generator as Steps
+from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
+
+from common.run import Sync
 
 
 @dataclass(frozen=True)
@@ -23,11 +26,24 @@ class Smashed:
 
 
 @dataclass(frozen=True)
+class Received(Smashed):
+    """A batch at the server: whose it is, and the fraction of the run that lies before it."""
+
+    client: int
+    progress: float
+
+
+@dataclass(frozen=True)
 class Answer:
-    """What a server step made: its mean loss (), and dL/dz (B, C, H, W) for each batch of the group."""
+    """What a server step made: its mean loss (), and dL/dz (B, C, H, W) for each batch of the group.
+
+    A gradient of None tells a client that its batch had no part in the step. `facts`: what the method
+    would have noted, as numbers.
+    """
 
     loss: Tensor
-    gradients: Sequence[Tensor] = ()
+    gradients: Sequence[Tensor | None] = ()
+    facts: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -45,10 +61,11 @@ class ClientPart:
 
 @dataclass(frozen=True)
 class ServerPart:
-    """The server's end of the network: the layers after the cut."""
+    """The server's end of the network: the layers after the cut; and its own source of chance."""
 
     top: nn.Module
     optimizer: Optimizer
+    generator: Generator
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -65,9 +82,9 @@ class Gather(enum.Enum):
     ALL = "all"  # one from every client, together
 
 
-Step = Generator[Smashed, Tensor | None, Tensor | None]
+Step = Steps[Smashed, Tensor | None, Tensor | None]
 ClientStep = Callable[[ClientPart, Tensor, Tensor], Step]
-ServerStep = Callable[[ServerPart, Sequence[Smashed]], Answer]
+ServerStep = Callable[[ServerPart, Sequence[Received]], Answer]
 
 
 @dataclass(frozen=True)
@@ -80,6 +97,10 @@ class Method:
     local_loss: bool  # the client has a head of its own
     answers: bool  # a cut gradient travels back for every batch
     gather: Gather = Gather.EACH
+    copies: bool = False  # a server part for each client, averaged at each epoch's end
+    may_skip: bool = False  # an answer may have no gradient
+    every: int = 1  # batches from one that is sent to the next
+    sync: Sync | None = None  # what becomes of the clients' parts, where the method says it
 
 
 def run_step(step: Step, wire: Callable[[Smashed], Tensor | None]) -> Tensor | None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.methods.base import Answer, ClientPart, Method, ServerPart, Smashed, Step
+from common.methods.base import Answer, ClientPart, Method, Received, ServerPart, Smashed, Step
 
 
 def csl() -> Method:
@@ -28,7 +28,7 @@ def client_step(part: ClientPart, x: Tensor, y: Tensor) -> Step:
     return None
 
 
-def server_step(part: ServerPart, group: Sequence[Smashed]) -> Answer:
+def server_step(part: ServerPart, group: Sequence[Received]) -> Answer:
     (batch,) = group
     z = batch.z.requires_grad_()
     loss = F.cross_entropy(part.top(z), batch.y)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.methods.base import Answer, ClientPart, Method, ServerPart, Smashed, Step
+from common.methods.base import Answer, ClientPart, Method, Received, ServerPart, Smashed, Step
 
 
 def dsl() -> Method:
@@ -31,7 +31,7 @@ def client_step(part: ClientPart, x: Tensor, y: Tensor) -> Step:
     return loss.detach()
 
 
-def server_step(part: ServerPart, group: Sequence[Smashed]) -> Answer:
+def server_step(part: ServerPart, group: Sequence[Received]) -> Answer:
     (batch,) = group
     loss = F.cross_entropy(part.top(batch.z), batch.y)  # z is a leaf that wants no gradient
 

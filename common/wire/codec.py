@@ -63,7 +63,10 @@ def unpack_batch(first: Piece[Any], rest: Iterator[Piece[Any]], spec: BatchSpec)
     return head.sequence, Smashed(z, y)
 
 
-def pack_gradient(sequence: int, gradient: Tensor, loss: float) -> Iterator[Piece[pb.TrainResponse]]:
+def pack_gradient(sequence: int, gradient: Tensor | None, loss: float) -> Iterator[Piece[pb.TrainResponse]]:
+    """An answer; of no gradient for a batch that had no part in the step."""
+    if gradient is None:
+        return iter([Piece(pb.TrainResponse(gradient=pb.Gradient(sequence=sequence, loss=loss)))])
     g = _on_host(gradient)
     head = pb.Gradient(sequence=sequence, gradient=_describe(g), loss=loss)
     return _cut(pb.TrainResponse, {"gradient": head}, [g])
@@ -71,11 +74,13 @@ def pack_gradient(sequence: int, gradient: Tensor, loss: float) -> Iterator[Piec
 
 def unpack_gradient(
     first: Piece[Any], rest: Iterator[Piece[Any]], sequence: int, shape: tuple[int, ...]
-) -> tuple[Tensor, float]:
-    """dL/dz for the batch of this number and shape, and the server's loss. Raises WireError."""
+) -> tuple[Tensor | None, float]:
+    """dL/dz for the batch of this number and shape, or None, and the server's loss. Raises WireError."""
     head: pb.Gradient = _head(first, "gradient")
     if head.sequence != sequence:
         raise WireError(f"the server answered batch {head.sequence}; batch {sequence} was due")
+    if not head.HasField("gradient") and not first.size:
+        return None, head.loss
     _expect("gradient", head.gradient, (torch.float32, shape))
     (gradient,) = _assemble(first, rest, [(torch.float32, shape)])
     _check_finite(f"the gradient of batch {sequence}", gradient)
