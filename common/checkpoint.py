@@ -30,7 +30,7 @@ def restore(folder: Path, part: Part) -> dict[str, Any]:
     try:
         tensors = load_file(folder / _TENSORS)
         facts: dict[str, Any] = json.loads((folder / _FACTS).read_text())
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:  # of files, tensors, JSON
         raise ConfigError(f"checkpoint {folder} cannot be read: {error}") from error
     if specs(tensors) != specs(state_of(part)):
         raise ConfigError(f"checkpoint {folder} is of another network, split or head than this run's")

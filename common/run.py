@@ -5,6 +5,7 @@ Knows flags, TOML and JSON. Knows no tensors: `--help` must not wait for torch.
 
 import difflib
 import json
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -156,8 +157,10 @@ class Run:
             value = getattr(self, name)
             if value not in allowed:
                 raise ConfigError(f"--{_flag(name)} {value!r}: choose from {', '.join(allowed)}")
-        if not 0 < self.lr < float("inf"):
+        if not 0 < self.lr < math.inf:
             raise ConfigError(f"--lr {self.lr} is not a positive number")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ConfigError(f"--weight-decay {self.weight_decay} is not a number from 0 on")
         if not 0 <= self.warmup <= 1:
             raise ConfigError(f"--warmup {self.warmup} is not a fraction from 0 to 1")
         if not 0 <= self.momentum < 1:
@@ -168,7 +171,7 @@ class Run:
             raise ConfigError(f"--name {self.name!r}: use letters, digits, '.', '_' and '-'")
         if self.partition not in ("iid", "own") and not _is_dirichlet(self.partition):
             raise ConfigError(
-                f"--partition {self.partition!r}: choose iid, own, or dirichlet:ALPHA with ALPHA > 0"
+                f"--partition {self.partition!r}: choose iid, own, or dirichlet:ALPHA, 0 < ALPHA <= 1e6"
             )
 
 
@@ -176,7 +179,6 @@ _LEAST = {
     "clients": 1,
     "epochs": 1,
     "batch_size": 1,
-    "weight_decay": 0,
     "class_count": 2,
     "train_limit": 0,
     "test_limit": 0,
@@ -264,6 +266,6 @@ def _flag(name: str) -> str:
 def _is_dirichlet(partition: str) -> bool:
     scheme, _, alpha = partition.partition(":")
     try:
-        return scheme == "dirichlet" and 0 < float(alpha) < float("inf")
+        return scheme == "dirichlet" and 0 < float(alpha) <= 1e6
     except ValueError:
         return False

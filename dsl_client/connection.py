@@ -64,6 +64,7 @@ class Connection:
         depth: int,
     ) -> Segment:
         """Opens a segment. Waits for the receipt of the one before the last, and for no other."""
+        self._check_open()
         while len(self._segments) > 1:
             self._segments.pop(0).receipt()
         opening = pb.Segment(
@@ -76,12 +77,13 @@ class Connection:
         start = self._calls[rpc.TRAIN] if method.answers else self._calls[rpc.STREAM_ACTIVATIONS].future
         segment = Segment(start, opening, spec, method, depth, self._clock)
         self._segments.append(segment)
-        if self._over:
+        if self._over:  # meanwhile; whoever ended it did not see this segment
             segment.fail(self._over)
         return segment
 
     def evaluation(self, epoch: int, after_sequence: int, spec: BatchSpec, depth: int) -> Examination:
         """Opens an evaluation of the network as it is after this client's batch of that number."""
+        self._check_open()
         opening = pb.Evaluation(session=self._session, epoch=epoch, after_sequence=after_sequence)
         return Examination(self._calls[rpc.EVALUATE].future, opening, spec, depth, self._clock)
 
@@ -89,6 +91,7 @@ class Connection:
         self, purpose: pb.SyncPurpose, epoch: int, state: State, samples: int, specs: dict[str, Spec]
     ) -> State:
         """Gives a part, or none, and gets one, or none: see SyncPurpose. Waits for the other clients."""
+        self._check_open()
         head = pb.Weights(session=self._session, epoch=epoch, purpose=purpose, samples=samples)
         with telling(), self._clock("wait"):
             responses = self._calls[rpc.SYNC_WEIGHTS](codec.pack_weights(pb.SyncWeightsRequest, head, state))
@@ -119,6 +122,10 @@ class Connection:
         for segment in self._segments:
             segment.fail(ClosedError(failure or "this client has left the run"))
         self._channel.close()
+
+    def _check_open(self) -> None:
+        if self._over:
+            raise self._over
 
     def _prepared(self, which: rpc.Rpc, traffic: Traffic) -> Any:
         kind = "stream" if which.requests_stream else "unary"

@@ -61,7 +61,8 @@ class Outgoing:
         self._outbox = Channel[Pieces](depth)
         self._opening, self._clock = opening, clock
         self.call = start(self._requests())
-        self.call.add_callback(self._ended)
+        if not self.call.add_callback(self._ended):
+            self._ended()  # it was over before
 
     def put(self, pieces: Pieces) -> None:
         """Waits while the outbox is full. Raises the reason once the call is over."""

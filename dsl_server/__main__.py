@@ -1,5 +1,6 @@
 """dsl-server: holds the top of the network and learns from the activations that clients send."""
 
+import json
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -70,6 +71,7 @@ def _serve(options: Options) -> int:
             raise
         finally:
             server.stop(stopping)
+            server.rest()
         progress.log(_result(summary, folder.path))
     return 0
 
@@ -126,12 +128,13 @@ def _value_of(flag: str, arguments: list[str]) -> str | None:
 
 
 def _toml(run: Run) -> str:
-    lines = []
-    for setting in fields(run):
-        value = getattr(run, setting.name)
-        text = str(value).lower() if isinstance(value, bool) else repr(value).replace("'", '"')
-        lines.append(f"{setting.name} = {text.replace('(', '[').replace(')', ']')}\n")
-    return "".join(lines)
+    """The settings that are set. JSON's strings, numbers and lists are TOML's too."""
+    settings = {field.name: getattr(run, field.name) for field in fields(run)}
+    return "".join(
+        f"{name} = {json.dumps(value, ensure_ascii=False)}\n"
+        for name, value in settings.items()
+        if value is not None
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from common.errors import ClosedError, FullError, RefusedError, SequenceError, W
 from common.parts import State, average
 from common.run import Run
 
-PATIENCE_S = 10.0  # how long a call waits for what an earlier call of its client still delivers
+PATIENCE_S = 10.0  # how long a call waits for an earlier one of its client that has not begun
 
 
 @dataclass
@@ -23,6 +23,7 @@ class Member:
     name: str
     session: str = field(default_factory=lambda: secrets.token_hex(16))
     received: int = 0
+    receiving: bool = False  # a segment is open
     left: bool = False
 
     def __str__(self) -> str:
@@ -98,15 +99,28 @@ class Rounds:
         """Whether every place was taken and left again. Raises the reason if the run ends before."""
         return self._wait_for(self._finished, timeout)
 
-    def wait_until_received(self, member: Member, sequence: int) -> None:
-        """Until all of the member's batches up to this number have come, by whichever call.
+    def begin_segment(self, member: Member, first_sequence: int) -> None:
+        """From now on the member's batches come by this call. Waits for the one before it.
 
-        Raises SequenceError, with the number that was due, when they do not come.
+        Raises SequenceError, with the number that is due, when this segment does not follow.
         """
-        came = self._wait_for(lambda: member.received >= sequence, PATIENCE_S)
-        if not came or member.received != sequence:
-            due = member.received + 1
-            raise SequenceError(f"{member}: batch {sequence + 1} is to follow, but batch {due} is due", due)
+        with self._changed:
+            self._wait_until_received(member, first_sequence - 1)
+            self._changed.wait_for(lambda: self._closed or not member.receiving)
+            self._check_open()
+            self.expect(member, first_sequence)
+            member.receiving = True
+
+    def end_segment(self, member: Member) -> None:
+        with self._changed:
+            member.receiving = False
+            self._changed.notify_all()
+
+    def wait_until_received(self, member: Member, sequence: int) -> None:
+        """Until the member's batches up to this number have come. Raises SequenceError if they do not."""
+        with self._changed:
+            self._wait_until_received(member, sequence)
+            self.expect(member, sequence + 1)
 
     def expect(self, member: Member, sequence: int) -> None:
         """Raises SequenceError unless this batch of the member is due."""
@@ -154,6 +168,20 @@ class Rounds:
             self._relayed = part
             self._turn += 1
             self._changed.notify_all()
+
+    def _wait_until_received(self, member: Member, sequence: int) -> None:
+        """As long as an earlier segment is being received, however slowly; then for PATIENCE_S."""
+
+        def moved() -> bool:
+            return bool(self._closed) or member.receiving or member.received >= sequence
+
+        while member.received < sequence:
+            self._check_open()
+            if member.receiving:
+                self._changed.wait()
+            elif not self._changed.wait_for(moved, PATIENCE_S):
+                return
+        self._check_open()
 
     def _finished(self) -> bool:
         places_taken = len(self._members) == self._run.clients

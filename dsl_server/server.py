@@ -1,5 +1,6 @@
 """A server, put together: the port, the service, the inbox, the trainer's thread."""
 
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from grpc_reflection.v1alpha import reflection
 from common import checkpoint
 from common.errors import ClosedError, ConfigError, SplitLearningError
 from common.meter import Clock, Traffic
-from common.methods import build_method
+from common.methods import build_method, settled
 from common.methods.base import Gather
 from common.methods.hosting import Hosting
 from common.nets.cut import build
@@ -39,7 +40,7 @@ class Server:
     """`listen`: host:port, port 0 for any. Raises ConfigError when the run or the port cannot be."""
 
     def __init__(self, run: Run, listen: str, device: torch.device, folder: RunFolder) -> None:
-        assert run.sync != "auto", "methods.settled says what becomes of the clients' parts"
+        run = settled(run)
         self.run, self._folder = run, folder
         self.method = build_method(run)
         net = build(run)
@@ -54,6 +55,7 @@ class Server:
         self.sockets = Sockets()
         self.record = Record(run, net.cut_shape, folder, self.traffic, self.sockets, self._clock, device)
         self._trainer = Trainer(self.hosting, device, self._clock)
+        self._failure: SplitLearningError | None = None
         self._thread = threading.Thread(target=self._train, name="trainer", daemon=True)
         theirs = client_part(run, self.method, net, torch.device("cpu"))
         part_specs = specs(state_of(theirs, momentum=run.sync == "relay"))
@@ -74,6 +76,8 @@ class Server:
         if not self.rounds.wait_until_finished(timeout):
             return False
         self._thread.join()
+        if self._failure:  # of a step after the last client had left
+            raise self._failure
         return True
 
     def finish(self) -> dict[str, Any]:
@@ -89,10 +93,16 @@ class Server:
         self.inbox.close(reason)
         self.sockets.close()
 
+    def rest(self) -> None:
+        """Waits for the step that is being made: the interpreter must not end within one of torch's."""
+        if self._thread.is_alive():
+            self._thread.join()
+
     def _train(self) -> None:
         try:
             self._trainer.train(self.inbox, self.record.trained)
         except SplitLearningError as error:
+            self._failure = error
             self.rounds.close(ClosedError(str(error)))
 
 
@@ -109,6 +119,9 @@ def _listen(
     healthy = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    host, _, number = listen.rpartition(":")
+    if not host or not re.fullmatch(r"[0-9]{1,5}", number) or int(number) > 65535:
+        raise ConfigError(f"--listen {listen}: say host:port, with a port from 0 to 65535")
     try:
         port = server.add_insecure_port(listen)
     except RuntimeError as error:

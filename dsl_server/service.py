@@ -1,5 +1,6 @@
 """The server's end of the wire: bytes in, jobs to the inbox, answers out. No mathematics here."""
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -117,6 +118,10 @@ class Service:
     def Evaluate(self, requests: Pieces, context: Context) -> pb.EvaluateResponse:
         opening = _opening(requests, "evaluation")
         member = self._rounds.member(opening.session)
+        if opening.epoch >= self._run.epochs:
+            raise WireError(
+                f"an evaluation of epoch {opening.epoch}: the run has 0 to {self._run.epochs - 1}"
+            )
         self._rounds.wait_until_received(member, opening.after_sequence)
         samples, answers, head_score = 0, [], None
         for first in requests:
@@ -130,6 +135,8 @@ class Service:
         scores = [answer.result() for answer in answers]
         if not samples:
             raise WireError("an evaluation of no images")
+        if head_score and not (head_score.correct <= samples and math.isfinite(head_score.train_loss)):
+            raise WireError(f"{head_score.correct} of {samples} images right, loss {head_score.train_loss}")
         correct, loss = sum(s.correct for s in scores), sum(s.loss for s in scores) / samples
         mine = (None, None) if head_score is None else (head_score.correct, head_score.train_loss)
         self._record.evaluated(opening.epoch, Evaluation(samples, correct, loss, *mine))
@@ -154,17 +161,22 @@ class Service:
                 f"{member}: a segment of epoch {segment.epoch} with {segment.batches} batches and "
                 f"{segment.samples} samples; the run has epochs 0 to {self._run.epochs - 1}"
             )
-        self._rounds.wait_until_received(member, segment.first_sequence - 1)
-        self._record.began(segment.epoch)
+        self._rounds.begin_segment(member, segment.first_sequence)
+        try:
+            self._record.began(segment.epoch)
+            yield from self._jobs(member, segment, requests)
+        finally:
+            self._rounds.end_segment(member)
+
+    def _jobs(self, member: Member, segment: pb.Segment, requests: Pieces) -> Iterator[Job]:
         batches = samples = 0
         for first in requests:
             sequence, smashed = self._unpack(first, requests)
             self._rounds.expect(member, sequence)
             batches, samples = batches + 1, samples + len(smashed.y)
             last = batches == segment.batches
-            if batches > segment.batches or (
-                samples != segment.samples if last else samples > segment.samples
-            ):
+            over = samples != segment.samples if last else samples > segment.samples
+            if over or batches > segment.batches:
                 raise _miscounted(member, segment, batches, samples)
             progress = progress_of(self._run, segment.epoch, batches - 1, segment.batches)
             yield Job(member.client, sequence, smashed, progress)

@@ -52,7 +52,7 @@ class Batches:
         return -(-self.samples // self._size)
 
     def size(self, batch: int) -> int:
-        return len(self.y.split(self._size)[batch])
+        return min(self._size, self.samples - batch * self._size)
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield from zip(self.x.split(self._size), self.y.split(self._size), strict=True)

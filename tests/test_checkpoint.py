@@ -22,11 +22,11 @@ TENSORS, FACTS = "part.safetensors", "facts.json"
 
 def fresh(**settings: Any) -> ClientPart:
     run = small_run(**settings)
-    return client_part(run, build_method("dsl"), build(run), CPU)
+    return client_part(run, build_method(run), build(run), CPU)
 
 
 def trained(part: ClientPart, epochs: int = 1) -> ClientPart:
-    method, data = build_method("dsl"), Batches(small_run(), 3, 24)
+    method, data = build_method(small_run()), Batches(small_run(), 3, 24)
     for epoch in range(epochs):
         for x, y in data.epoch(epoch):
             run_step(method.client_step(part, x, y), lambda _: None)
@@ -179,8 +179,6 @@ def test_a_header_of_an_absurd_length_is_refused(length: int, saved: Path) -> No
 @pytest.mark.parametrize("facts", [b"", b"{", b"\xff\xfe{}", b"[" * 100_000])
 def test_facts_that_are_no_json_are_refused(facts: bytes, saved: Path) -> None:
     (saved / FACTS).write_bytes(facts)
-    # BUG: common/checkpoint.py, restore: UnicodeDecodeError is no JSONDecodeError (both are
-    # ValueError), and JSON nested too deep is a RecursionError.
     assert "cannot be read" in refused(saved)
 
 

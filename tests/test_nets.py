@@ -104,7 +104,6 @@ def test_any_number_of_blocks_can_be_at_the_client(blocks: int) -> None:
     assert net.top(z).shape == (2, 4)
 
 
-# BUG: common/nets/cut.py, blocks_at_client: int() of more than 4300 digits raises ValueError.
 @pytest.mark.parametrize(
     "split",
     ["", "x", "0", "9", "10", "-1", "1.5", "S", " 1", "²", "1_0", "٣", "9" * 5000],

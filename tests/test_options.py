@@ -31,7 +31,7 @@ def test_a_proxy_in_the_environment_is_of_no_account(tmp_path: Path, monkeypatch
 
 
 def test_a_second_server_cannot_share_the_port(tmp_path: Path) -> None:
-    run = small_run()
+    run = small_run(sync="none")
     with serving(run, tmp_path) as first, pytest.raises(ConfigError, match="is the port in use"):
         Server(run, f"127.0.0.1:{first.port}", CPU, RunFolder(tmp_path / "second", run, "server"))
 

@@ -113,7 +113,7 @@ def test_what_never_comes_is_not_waited_for_longer_than_patience_lasts(
     rounds = rounds_of(1)
     member = rounds.join("ann")
     rounds.receive(member, 1)
-    with pytest.raises(SequenceError, match="batch 6 is to follow, but batch 2 is due") as caught:
+    with pytest.raises(SequenceError, match=r"batch 6 .*, but batch 2 is due") as caught:
         rounds.wait_until_received(member, 5)
     assert caught.value.expected == 2
 
@@ -123,7 +123,7 @@ def test_a_call_that_begins_too_early_in_the_sequence_is_refused_at_once() -> No
     member = rounds.join("ann")
     for sequence in (1, 2, 3):
         rounds.receive(member, sequence)
-    with pytest.raises(SequenceError, match="batch 2 is to follow, but batch 4 is due") as caught:
+    with pytest.raises(SequenceError, match=r"batch 2 .*, but batch 4 is due") as caught:
         rounds.wait_until_received(member, 1)
     assert caught.value.expected == 4
 

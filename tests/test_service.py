@@ -562,8 +562,6 @@ def test_a_batch_is_trained_on_once_even_if_two_calls_bring_it(
         waits(again)  # it is refused, or waits for its turn
         gate.set()
         outcomes = [each.exception(timeout=10) for each in (first, again)]
-        # BUG: dsl_server/service.py, _batches: `expect` and `receive` are apart, so batch 3 of a
-        # second call is expected too while batch 3 of the first waits for room in the lane.
         assert sum(outcome is None for outcome in outcomes) == 1
         wait_for(lambda: server.record.samples_trained >= 3 * 8)
         assert server.record.samples_trained == 3 * 8
@@ -591,8 +589,6 @@ def test_a_slow_server_is_no_gap_in_the_sequence(tmp_path: Path, monkeypatch: py
         first = in_thread(send, client, client.segment(pb.StreamActivationsRequest, batches))
         client.sequence = 4
         following = in_thread(send, client, client.segment(pb.StreamActivationsRequest, batches))
-        # BUG: dsl_server/rounds.py, PATIENCE_S: ten seconds of steps is not much for a client's
-        # unsent batches at a slow server with many clients; then a sound client is ABORTED.
         assert waits(following, 0.6), following.exception()
         gate.set()
         assert first.result(timeout=10) is None
@@ -647,7 +643,6 @@ def test_a_score_that_cannot_be_is_refused(correct: int, train_loss: float, dsl:
     """It would stand in metrics.jsonl as an accuracy above 1, or as what is no JSON."""
     with member(dsl) as client:
         score = pb.EvaluateRequest(head_score=pb.HeadScore(correct=correct, train_loss=train_loss))
-        # BUG: dsl_server/service.py, Evaluate: head_score is taken as it comes.
         with refused(Code.INVALID_ARGUMENT):
             evaluate(client, [*evaluation(client, [smashed(dsl.run)]), score])
 
@@ -655,7 +650,6 @@ def test_a_score_that_cannot_be_is_refused(correct: int, train_loss: float, dsl:
 def test_an_evaluation_of_an_epoch_that_the_run_does_not_have_is_refused(dsl: Server) -> None:
     with member(dsl) as client:
         for epoch in (dsl.run.epochs, 2**32 - 1):
-            # BUG: dsl_server/service.py, Evaluate: opening.epoch is not checked as a segment's is.
             with refused(Code.INVALID_ARGUMENT, f"epoch {epoch}"):
                 evaluate(client, evaluation(client, [smashed(dsl.run)], epoch=epoch))
 
@@ -800,7 +794,6 @@ def test_a_head_that_lies_about_its_size_is_not_believed(dsl: Server) -> None:
             with refused(Code.INVALID_ARGUMENT):
                 send(client, [opening, frame])
             received += len(opening.SerializeToString()) + len(frame.SerializeToString())
-        # BUG: common/meter.py, _size: a head's sizes are counted before anyone has judged them.
         assert 0 <= dsl.traffic.total("up") - before <= received
 
 

@@ -74,9 +74,9 @@ def blocks_at_client(model: str, split: str) -> int:
     blocks = (depth_of(model) - 2) // 2
     if split in SPLITS:
         return max(1, round(SPLITS[split] * blocks))
-    if not split.isascii() or not split.isdecimal() or not 1 <= int(split) < blocks:
+    if not re.fullmatch(r"[0-9]{1,4}", split) or not 1 <= int(split) < blocks:
         raise ConfigError(
-            f"--split {split!r}: {model} has {blocks} blocks; choose s, m, d or 1 to {blocks - 1}"
+            f"--split {split[:32]!r}: {model} has {blocks} blocks; choose s, m, d or 1 to {blocks - 1}"
         )
     return int(split)
 

@@ -117,8 +117,10 @@ def unpack_weights(
 
 def declared_bytes(spec: pb.TensorSpec) -> int:
     """What a tensor's elements take, if it is what it says; 0 for types and shapes that cannot be."""
-    known = spec.dtype in _TYPES and all(side >= 0 for side in spec.shape)
-    return _TYPES[spec.dtype].itemsize * math.prod(spec.shape) if known else 0
+    if spec.dtype not in _TYPES or len(spec.shape) > 8 or any(side < 0 for side in spec.shape):
+        return 0
+    size = _TYPES[spec.dtype].itemsize * math.prod(spec.shape)
+    return size if size < 2**62 else 0
 
 
 def _head(piece: Piece[Any], field: str) -> Any:
