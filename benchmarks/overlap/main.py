@@ -2,8 +2,9 @@
 
 Client and server each have one core of their own. For each split: seconds of training by DSL and by
 CSL between real processes, and each side's own compute on the same batches with nobody at the
-other end (its method's rule in a loop, on its core, alone). One repetition runs all of them, one
-after the other; ratios are of the same repetition.
+other end (its rule in a loop, on its core): alone, and both at once, which is what the machine takes
+away from two cores that share their memory. One repetition runs all of them, one after the other;
+ratios are of the same repetition.
 
     python benchmarks/overlap/main.py [--model resnet20] [--splits m d] [--batches 20] [--repetitions 3]
 """
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
 
@@ -63,16 +64,19 @@ def over_the_wire(method: str, split: str, options: argparse.Namespace) -> float
         return float(summary["seconds"]["train"])
 
 
-def alone(side: str, method: str, split: str, options: argparse.Namespace) -> float:
-    """Seconds that one side's rule takes for the same batches, in a process of its own on its core."""
+def compute(sides: Sequence[str], split: str, options: argparse.Namespace) -> list[float]:
+    """Seconds that each side's DSL rule takes for the same batches, on its core; all at the same time."""
+    processes = [_side(side, split, options) for side in sides]
+    return [float(process.communicate()[0]) for process in processes]
+
+
+def _side(side: str, split: str, options: argparse.Namespace) -> subprocess.Popen[str]:
     core = CLIENT_CORE if side == "client" else SERVER_CORE
-    command = [sys.executable, __file__, "--side", side, "--method", method, "--splits", split]
+    command = [sys.executable, __file__, "--side", side, "--method", "dsl", "--splits", split]
     command += ["--model", options.model, "--head", options.head, "--file", str(options.file)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        ["taskset", "-c", str(core), *command], env=environment, capture_output=True, text=True, check=True
-    )
-    return float(run.stdout)
+    pinned = ["taskset", "-c", str(core), *command]
+    return subprocess.Popen(pinned, env=environment, stdout=subprocess.PIPE, text=True)
 
 
 def measure_side(options: argparse.Namespace) -> float:
@@ -136,14 +140,17 @@ def report(options: argparse.Namespace) -> None:
     print(f"{date.today()}, {platform.machine()}, one core a side, Python {platform.python_version()}, ")
     print(f"torch {torch.__version__}, grpcio {grpc.__version__}; {options.model}, head {options.head}, ")
     print(f"{options.batches} batches of {SIZE}; median of {options.repetitions} interleaved repetitions\n")
-    print("| split | DSL s | CSL s | client alone s | server alone s | DSL / slower side | CSL / DSL |")
-    print("|---|---|---|---|---|---|---|")
+    heads = ["split", "DSL s", "CSL s", "client alone s", "server alone s", "both at once s"]
+    heads += ["DSL / slower alone", "DSL / both at once", "CSL / DSL"]
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for split in options.splits:
         rows = []
         for _ in range(options.repetitions):
             dsl, csl = (over_the_wire(method, split, options) for method in ("dsl", "csl"))
-            client, server = (alone(side, "dsl", split, options) for side in ("client", "server"))
-            rows.append((dsl, csl, client, server, dsl / max(client, server), csl / dsl))
+            (client,), (server,) = compute(["client"], split, options), compute(["server"], split, options)
+            both = max(compute(["client", "server"], split, options))
+            slower = max(client, server)
+            rows.append((dsl, csl, client, server, both, dsl / slower, dsl / both, csl / dsl))
         middle = [statistics.median(column) for column in zip(*rows, strict=True)]
         cells = " | ".join(f"{value:.2f}" for value in middle)
         print(f"| {split} | {cells} |", flush=True)
