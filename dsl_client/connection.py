@@ -27,6 +27,7 @@ class Connection:
         self._target, self._clock = target, clock
         self._calls = {which: self._prepared(which, traffic) for which in rpc.RPCS}
         self._segments: list[Segment] = []
+        self._examination: Examination | None = None  # the last one
         self._leaving = False
         self._over: SplitLearningError | None = None
         self._session, self._depth = "", 1
@@ -85,7 +86,11 @@ class Connection:
         """Opens an evaluation of the network as it is after this client's batch of that number."""
         self._check_open()
         opening = pb.Evaluation(session=self._session, epoch=epoch, after_sequence=after_sequence)
-        return Examination(self._calls[rpc.EVALUATE].future, opening, spec, depth, self._clock)
+        start = self._calls[rpc.EVALUATE].future
+        self._examination = Examination(start, opening, spec, depth, self._clock)
+        if self._over:
+            self._examination.fail(self._over)
+        return self._examination
 
     def sync(
         self, purpose: pb.SyncPurpose, epoch: int, state: State, samples: int, specs: dict[str, Spec]
@@ -149,3 +154,5 @@ class Connection:
             self._over = over
             for segment in list(self._segments):
                 segment.fail(over)
+            if self._examination:
+                self._examination.fail(over)

@@ -60,6 +60,7 @@ class Outgoing:
     def __init__(self, start: Call, opening: Piece[Any], depth: int, clock: Clock) -> None:
         self._outbox = Channel[Pieces](depth)
         self._opening, self._clock = opening, clock
+        self._reason: SplitLearningError | None = None
         self.call = start(self._requests())
         if not self.call.add_callback(self._ended):
             self._ended()  # it was over before
@@ -70,10 +71,20 @@ class Outgoing:
 
     def finish(self) -> None:
         """No more frames: the server reads the stream's end after the last one."""
-        self.fail(ClosedError("this stream is finished"))
+        self._outbox.close(ClosedError("this stream is finished"))
 
     def fail(self, reason: SplitLearningError) -> None:
+        """Ends the stream; who puts, or waits for what it answers, is told the first reason given."""
+        self._reason = self._reason or reason
         self._outbox.close(reason)
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Within it, gRPC's errors are raised as ours, and as the reason if there is one."""
+        try:
+            yield
+        except grpc.RpcError as error:
+            raise self._reason or told(error) from None
 
     def _requests(self) -> Pieces:
         yield self._opening
@@ -81,8 +92,10 @@ class Outgoing:
             yield from self._clock.iterator("encode", pieces)
 
     def _ended(self) -> None:
-        ok = self.call.code() is grpc.StatusCode.OK
-        self.fail(ClosedError("the server closed the stream") if ok else told(self.call))
+        if self.call.code() is grpc.StatusCode.OK:
+            self._outbox.close(ClosedError("the server closed the stream"))
+        else:
+            self.fail(told(self.call))
 
 
 class Segment:
@@ -112,7 +125,7 @@ class Segment:
 
     def receipt(self) -> None:
         """Waits until the server has trained on all of it. Raises why it has not."""
-        with telling():
+        with self._stream.telling():
             if self._method.answers:
                 for _ in self._stream.call:
                     raise WireError("the server answered a batch that was not sent")
@@ -120,7 +133,7 @@ class Segment:
                 judged(self._stream.call.result())
 
     def _answer(self, smashed: Smashed) -> Tensor | None:
-        with telling():
+        with self._stream.telling():
             first = following(self._stream.call)
             rest = map(judged, self._stream.call)
             shape = tuple(smashed.z.shape)
@@ -143,12 +156,15 @@ class Examination:
         self._sequence += 1
         self._stream.put(codec.pack_batch(pb.EvaluateRequest, self._sequence, smashed, self._spec))
 
+    def fail(self, reason: SplitLearningError) -> None:
+        self._stream.fail(reason)
+
     def finish(self, head_score: pb.HeadScore | None) -> pb.EvaluateResponse:
         """The score, once the server has made it; `head_score`: what the client's own head got."""
         if head_score is not None:
             self._stream.put(iter([Piece(pb.EvaluateRequest(head_score=head_score))]))
         self._stream.finish()
-        with telling():
+        with self._stream.telling():
             response: pb.EvaluateResponse = judged(self._stream.call.result())
         return response
 

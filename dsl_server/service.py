@@ -139,7 +139,12 @@ class Service:
             raise WireError(f"{head_score.correct} of {samples} images right, loss {head_score.train_loss}")
         correct, loss = sum(s.correct for s in scores), sum(s.loss for s in scores) / samples
         mine = (None, None) if head_score is None else (head_score.correct, head_score.train_loss)
-        self._record.evaluated(opening.epoch, Evaluation(samples, correct, loss, *mine))
+        try:
+            self._record.evaluated(opening.epoch, Evaluation(samples, correct, loss, *mine))
+        except OSError as error:
+            reason = ClosedError(f"the server cannot write its metrics: {error.strerror}")
+            self._rounds.close(reason)
+            raise reason from error
         return pb.EvaluateResponse(samples=samples, correct=correct, loss=loss)
 
     def Leave(self, request: pb.LeaveRequest, context: Context) -> pb.LeaveResponse:

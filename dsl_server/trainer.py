@@ -38,7 +38,8 @@ class Trainer:
             except Exception as error:
                 failure = _failure(work, error)
                 for waiting in answered(work):
-                    waiting.answer.set_exception(failure)
+                    if not waiting.answer.done():  # it was answered, and then counting it failed
+                        waiting.answer.set_exception(failure)
                 raise failure from error
 
     def _step(self, jobs: Sequence[Job]) -> Answer:

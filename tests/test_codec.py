@@ -167,6 +167,7 @@ def test_a_gradient_comes_out_with_equal_bits(
     sent = torch.randn(*shape)
     first, *rest = over_the_wire(codec.pack_gradient(9, sent, 0.5), pb.TrainResponse)
     got, loss = codec.unpack_gradient(first, iter(rest), 9, shape)
+    assert got is not None
     assert same_bits(got, sent)
     assert loss == 0.5
 

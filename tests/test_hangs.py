@@ -23,7 +23,7 @@ import torch
 from common.errors import ClosedError, FullError, SplitLearningError, WireError
 from common.meter import Clock, Traffic
 from common.methods import METHODS, build_method
-from common.methods.base import Answer, ServerPart, Smashed
+from common.methods.base import Answer, Received, ServerPart, Smashed
 from common.parts import state_of
 from common.run import Run
 from common.wire import rpc
@@ -33,6 +33,7 @@ from dsl_client.connection import Connection
 from dsl_client.stream import Examination, Outgoing
 from dsl_server import service
 from dsl_server.inbox import Exam, Job
+from dsl_server.record import Record
 from dsl_server.server import Server
 from dsl_server.trainer import Trainer
 from tests.federation import Batches, connect, serving, small_run, spec_of, train
@@ -71,7 +72,7 @@ def step_of(monkeypatch: pytest.MonkeyPatch, method: str, before: Callable[[int]
     """Every step of the server begins with this, which is told the step's number, from 1."""
     ordinary, count = METHODS[method](), iter(range(1, 1_000_000))
 
-    def step(part: ServerPart, group: Sequence[Smashed]) -> Answer:
+    def step(part: ServerPart, group: Sequence[Received]) -> Answer:
         before(next(count))
         return ordinary.server_step(part, group)
 
@@ -96,9 +97,17 @@ def waiting_for(gate: threading.Event) -> Callable[[int], None]:
 
 def trains(server: Server, name: str, samples: int = 40) -> tuple[Connection, Future[Any]]:
     """A client of the run, training in a thread of its own."""
-    connection, client = connect(server, name)
-    data, test = Batches(server.run, client, samples), Batches(server.run, 9, 20)
-    return connection, in_thread(train, server.run, connection, client, data, test)
+    ((connection, client),) = all_train(server, name, samples=samples)
+    return connection, client
+
+
+def all_train(server: Server, *names: str, samples: int = 40) -> list[tuple[Connection, Future[Any]]]:
+    """Clients of the run, training in threads of their own once they are all in."""
+    clients = []
+    for connection, client in [connect(server, name) for name in names]:
+        data, test = Batches(server.run, client, samples), Batches(server.run, 9, 20)
+        clients.append((connection, in_thread(train, server.run, connection, client, data, test)))
+    return clients
 
 
 def told(client: Future[Any]) -> SplitLearningError:
@@ -127,7 +136,7 @@ def test_a_step_that_fails_ends_every_client_with_the_reason(
     step_of(monkeypatch, method, failing_at(3))
     run = small_run(method=method, clients=clients, fixed_order=fixed_order, epochs=50)
     with serving(run, tmp_path) as server:
-        everyone = [trains(server, f"client-{index}")[1] for index in range(clients)]
+        everyone = [client for _, client in all_train(server, *"ab"[:clients])]
         for client in everyone:
             said = str(told(client))
             assert "out of luck" in said
@@ -199,7 +208,7 @@ def test_a_step_that_fails_after_its_client_left_is_not_taken_for_a_finished_run
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ordinary = METHODS["csl"]()
 
-    def step(part: ServerPart, group: Sequence[Smashed]) -> Answer:
+    def step(part: ServerPart, group: Sequence[Received]) -> Answer:
         answer = ordinary.server_step(part, group)
         return Answer(answer.loss * math.nan, answer.gradients)
 
@@ -218,7 +227,24 @@ def test_a_scoring_that_fails_ends_the_run(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(Trainer, "_score", score)
     run = small_run(method="dsl", clients=2, epochs=1)
     with serving(run, tmp_path) as server:
-        everyone = [trains(server, name)[1] for name in ("ann", "bob")]
+        everyone = [client for _, client in all_train(server, "ann", "bob")]
+        for client in everyone:
+            assert "out of luck" in str(told(client))
+        assert "out of luck" in str(ended(server))
+
+
+@pytest.mark.parametrize("method", ["dsl", "csl"])
+def test_a_count_that_fails_after_the_answers_are_out_ends_the_run(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(*_: object) -> None:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(Record, "trained", trained)
+    with serving(small_run(method=method, clients=2, epochs=50), tmp_path) as server:
+        everyone = [client for _, client in all_train(server, "ann", "bob")]
+        # BUG: dsl_server/trainer.py, train: set_exception on an answer that is set already raises
+        # InvalidStateError, which no one catches: the trainer's thread dies and everyone waits.
         for client in everyone:
             assert "out of luck" in str(told(client))
         assert "out of luck" in str(ended(server))
@@ -230,7 +256,7 @@ def test_a_scoring_that_fails_ends_the_run(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("method", ["dsl", "csl"])
 def test_a_server_that_is_stopped_tells_the_clients_that_train(method: str, tmp_path: Path) -> None:
     with serving(small_run(method=method, clients=2), tmp_path) as server:
-        everyone = [trains(server, name, samples=20_000)[1] for name in ("ann", "bob")]
+        everyone = [client for _, client in all_train(server, "ann", "bob", samples=20_000)]
         wait_for(lambda: all(member.received > 1 for member in server.rounds.members()))
         server.stop(ClosedError("the server was stopped (Ctrl-C)"))
         for client in everyone:
@@ -258,6 +284,9 @@ def test_a_client_in_the_midst_of_an_evaluation_is_told_why_the_server_went_too(
         connection, _ = connect(server)
         examination = connection.evaluation(0, 0, spec_of(server.run), 2)
         examination(smashed(server.run))
+        wait_for(lambda: server.traffic.by_kind()["up"]["evaluation"] > 0)
+        # BUG: dsl_client/connection.py, _watch: fails the segments, but not an open evaluation; that one
+        # is told two seconds later what gRPC tells: "Cancelling all calls".
         server.stop(ClosedError("the server was stopped (Ctrl-C)"))
         assert "the server was stopped (Ctrl-C)" in str(
             told(in_thread(score, examination, smashed(server.run)))
@@ -279,7 +308,7 @@ def test_a_server_that_is_stopped_in_the_midst_of_a_step_lets_its_clients_go_at_
     gate = threading.Event()
     step_of(monkeypatch, method, waiting_for(gate))
     with serving(small_run(method=method, clients=2, epochs=1000), tmp_path) as server:
-        everyone = [trains(server, name)[1] for name in ("ann", "bob")]
+        everyone = [client for _, client in all_train(server, "ann", "bob")]
         wait_for(lambda: method == "csl" or all(m.received for m in server.rounds.members()))
         stopped = in_thread(server.stop, ClosedError("enough"))
         try:
@@ -534,6 +563,7 @@ NONSENSE: dict[str, tuple[list[Any], str]] = {
     "for no batch": ([gradient(sequence=0)], "the server answered batch 0; batch 1 was due"),
     "cut short": ([pb.TrainResponse(gradient=gradient().gradient, data=b"abc")], "the stream ended"),
     "too long": ([pb.TrainResponse(gradient=gradient().gradient, data=bytes(40_000))], "has more than"),
+    "no gradient": ([pb.TrainResponse(gradient=pb.Gradient(sequence=1))], "has no gradient"),
     "without a head": ([pb.TrainResponse(data=b"abc")], "expected the beginning of a frame (gradient)"),
     "malformed": ([b"\xff\xff"], "a message"),
     "malformed later": ([pb.TrainResponse(gradient=gradient().gradient), b"\xff"], "a message"),

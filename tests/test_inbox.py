@@ -1,6 +1,6 @@
 """Lanes in, groups out: who is served when, who waits, and that closing wakes everyone with the reason."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -8,7 +8,7 @@ import torch
 
 from common.errors import ClosedError
 from common.methods.base import Gather, Smashed
-from dsl_server.inbox import EpochEnd, Exam, Inbox, Item, Job, RoundEnd
+from dsl_server.inbox import EpochEnd, Exam, Inbox, Item, Job, RoundEnd, Work
 from tests.threads import in_thread, waits
 
 pytestmark = pytest.mark.timeout(20)
@@ -45,7 +45,9 @@ def served(inbox: Inbox) -> str:
     return " ".join(told(work) for work in inbox if not isinstance(work, RoundEnd))
 
 
-def told(work: Sequence[Job] | Exam) -> str:
+def told(work: Work) -> str:
+    if isinstance(work, RoundEnd):
+        return "|"
     if isinstance(work, Exam):
         return f"x{work.client}"
     return "+".join(f"{job.client}.{job.sequence}" for job in work)
@@ -108,7 +110,7 @@ def test_a_round_ends_once_every_client_has_come_to_the_end_of_the_epoch() -> No
     inbox = inbox_of("bb|xb|", "b|xb|", "b|xbb|", fixed_order=True)
     for client in range(3):
         inbox.leave(client)
-    order = ["|" if isinstance(work, RoundEnd) else told(work) for work in inbox]
+    order = [told(work) for work in inbox]
     first, exams, second = "0.1 1.1 2.1 0.2", "x0 x1 x2", "0.3 1.2 2.2 2.3"
     assert " ".join(order) == f"{first} | {exams} {second} |"
 
