@@ -5,7 +5,7 @@ from typing import Any
 
 import grpc
 
-from common.errors import ClosedError, SplitLearningError
+from common.errors import ClosedError, SplitLearningError, WireError
 from common.meter import Clock, Traffic
 from common.methods.base import Method
 from common.parts import Spec, State
@@ -50,6 +50,8 @@ class Connection:
                 welcome: pb.Welcome = following(membership).welcome
         finally:
             late.cancel()
+        if welcome.version != rpc.VERSION:
+            raise WireError(f"the server speaks protocol version {welcome.version}, not {rpc.VERSION}")
         self._session = welcome.session
         threading.Thread(target=self._watch, args=[membership], name="membership", daemon=True).start()
         return welcome

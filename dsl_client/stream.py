@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import grpc
 from torch import Tensor
 
-from common.channel import Channel
 from common.errors import ClosedError, FullError, RefusedError, SplitLearningError, WireError
 from common.meter import Clock
 from common.methods.base import Method, Smashed
@@ -24,6 +23,7 @@ from common.wire import split_learning_pb2 as pb
 from common.wire.codec import BatchSpec
 from common.wire.pieces import Piece
 from common.wire.rpc import judged
+from dsl_client.channel import Channel
 
 T = TypeVar("T")
 Pieces = Iterator[Piece[Any]]

@@ -44,7 +44,7 @@ class Record:
         self._traffic, self._sockets, self._clock = traffic, sockets, clock
         self._start: float | None = None
         self._lock = threading.Lock()
-        self._epochs: dict[int, list[Evaluation]] = {}
+        self._epochs: dict[int, dict[int, Evaluation]] = {}  # by epoch and client
         self._measurements: list[pb.Measurements] = []
         self._loss_sum, self._loss_samples = 0.0, 0
         self._facts: list[Mapping[str, float]] = []  # since the last line
@@ -81,13 +81,14 @@ class Record:
             self._loss_sum += samples * loss
             self._loss_samples += samples
 
-    def evaluated(self, epoch: int, evaluation: Evaluation) -> None:
-        """Adds one client's evaluation; the last of an epoch makes its line in metrics.jsonl."""
+    def evaluated(self, client: int, epoch: int, evaluation: Evaluation) -> None:
+        """Adds a client's evaluation; the last client's of an epoch makes its line in metrics.jsonl."""
         with self._lock:
-            evaluations = self._epochs.setdefault(epoch, [])
-            evaluations.append(evaluation)
-            if len(evaluations) == self.evaluators:
-                self._write_line(epoch, evaluations)
+            evaluations = self._epochs.setdefault(epoch, {})
+            is_new = client not in evaluations
+            evaluations[client] = evaluation
+            if is_new and len(evaluations) == self.evaluators:
+                self._write_line(epoch, list(evaluations.values()))
 
     def left(self, measurements: pb.Measurements) -> None:
         """Called while the client's connection is still there: later the kernel knows nothing of it."""

@@ -82,8 +82,11 @@ class Server:
 
     def finish(self) -> dict[str, Any]:
         """After the run: the part saved, the summary written and returned."""
-        checkpoint.save(self._folder.path / "checkpoint", self.part, {"run": asdict(self.run)})
-        return self.record.write_summary()
+        try:
+            checkpoint.save(self._folder.path / "checkpoint", self.part, {"run": asdict(self.run)})
+            return self.record.write_summary()
+        except OSError as error:
+            raise ConfigError(f"{self._folder.path} cannot be written: {error.strerror}") from error
 
     def stop(self, reason: ClosedError) -> None:
         """Ends the run, if it has not ended, and tells every client why."""

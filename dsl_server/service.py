@@ -13,7 +13,6 @@ from common.errors import (
     RefusedError,
     SequenceError,
     SplitLearningError,
-    StepError,
     WireError,
 )
 from common.meter import Clock, Traffic
@@ -40,7 +39,7 @@ STATUS: tuple[tuple[type[SplitLearningError], grpc.StatusCode], ...] = (
     (FullError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (RefusedError, grpc.StatusCode.FAILED_PRECONDITION),
     (ClosedError, grpc.StatusCode.FAILED_PRECONDITION),
-    (StepError, grpc.StatusCode.FAILED_PRECONDITION),
+    (SplitLearningError, grpc.StatusCode.FAILED_PRECONDITION),
 )
 
 
@@ -140,7 +139,7 @@ class Service:
         correct, loss = sum(s.correct for s in scores), sum(s.loss for s in scores) / samples
         mine = (None, None) if head_score is None else (head_score.correct, head_score.train_loss)
         try:
-            self._record.evaluated(opening.epoch, Evaluation(samples, correct, loss, *mine))
+            self._record.evaluated(member.client, opening.epoch, Evaluation(samples, correct, loss, *mine))
         except OSError as error:
             reason = ClosedError(f"the server cannot write its metrics: {error.strerror}")
             self._rounds.close(reason)

@@ -243,8 +243,6 @@ def test_a_count_that_fails_after_the_answers_are_out_ends_the_run(
     monkeypatch.setattr(Record, "trained", trained)
     with serving(small_run(method=method, clients=2, epochs=50), tmp_path) as server:
         everyone = [client for _, client in all_train(server, "ann", "bob")]
-        # BUG: dsl_server/trainer.py, train: set_exception on an answer that is set already raises
-        # InvalidStateError, which no one catches: the trainer's thread dies and everyone waits.
         for client in everyone:
             assert "out of luck" in str(told(client))
         assert "out of luck" in str(ended(server))
@@ -285,8 +283,6 @@ def test_a_client_in_the_midst_of_an_evaluation_is_told_why_the_server_went_too(
         examination = connection.evaluation(0, 0, spec_of(server.run), 2)
         examination(smashed(server.run))
         wait_for(lambda: server.traffic.by_kind()["up"]["evaluation"] > 0)
-        # BUG: dsl_client/connection.py, _watch: fails the segments, but not an open evaluation; that one
-        # is told two seconds later what gRPC tells: "Cancelling all calls".
         server.stop(ClosedError("the server was stopped (Ctrl-C)"))
         assert "the server was stopped (Ctrl-C)" in str(
             told(in_thread(score, examination, smashed(server.run)))

@@ -732,8 +732,6 @@ def test_metrics_that_cannot_be_written_end_the_run_with_the_reason(
 
     monkeypatch.setattr(RunFolder, "add_metrics", add_metrics)
     with member(dsl) as client:
-        # BUG: common/rundir.py lets OSError out, and dsl_server/service.py has no status for it (nor
-        # for ConfigError: _abort would raise StopIteration): UNKNOWN, and the run goes on without.
         with refused(Code.FAILED_PRECONDITION, "No space left on device"):
             evaluate(client, evaluation(client, [smashed(dsl.run)]))
         with pytest.raises(SplitLearningError, match="No space left on device"):
