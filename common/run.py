@@ -126,11 +126,6 @@ class Run:
         """As said, or the data set's."""
         return KNOWN_DATA.get(self.data, _OTHER_DATA)[1] if self.classes is None else self.classes
 
-    @property
-    def shares_parts(self) -> bool:
-        """Whether all clients end an epoch with one and the same part."""
-        return self.sync != "none" and self.clients > 1
-
     def evaluates(self, epoch: int) -> bool:
         """Whether the test set is scored after this epoch, counted from 0."""
         last = epoch == self.epochs - 1

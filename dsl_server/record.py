@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,10 +139,7 @@ class Record:
                 "train": {
                     "loss": self._loss_sum / max(1, self._loss_samples),
                     "client_loss": sum(losses) / len(losses) if losses else None,
-                    **{
-                        name: sum(f[name] for f in self._facts) / len(self._facts)
-                        for name in _names(self._facts)
-                    },
+                    **_means(self._facts),
                 },
                 "test": self.test,
                 "wire": {"up": self._traffic.total("up"), "down": self._traffic.total("down")},
@@ -152,8 +149,10 @@ class Record:
         self._facts.clear()
 
 
-def _names(facts: Sequence[Mapping[str, float]]) -> Iterable[str]:
-    return facts[0] if facts else ()
+def _means(facts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of what a method noted at each step; a method notes the same at every one."""
+    names = facts[0] if facts else {}
+    return {name: sum(noted[name] for noted in facts) / len(facts) for name in names}
 
 
 def _joined(evaluations: list[Evaluation]) -> dict[str, float | None]:

@@ -37,8 +37,6 @@ STATUS: tuple[tuple[type[SplitLearningError], grpc.StatusCode], ...] = (
     (SequenceError, grpc.StatusCode.ABORTED),
     (WireError, grpc.StatusCode.INVALID_ARGUMENT),
     (FullError, grpc.StatusCode.RESOURCE_EXHAUSTED),
-    (RefusedError, grpc.StatusCode.FAILED_PRECONDITION),
-    (ClosedError, grpc.StatusCode.FAILED_PRECONDITION),
     (SplitLearningError, grpc.StatusCode.FAILED_PRECONDITION),
 )
 
