@@ -3,12 +3,13 @@
 Knows torch only inside `device_of`: `--help` must not wait for it.
 """
 
+import contextlib
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import tyro
 
@@ -70,3 +71,16 @@ def run_to_the_end(program: str, body: Callable[[], int]) -> int:
     except Stopped as stopped:
         print(f"{program}: stopped ({stopped})", file=sys.stderr, flush=True)
         return stopped.exit_code
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process with this exit code. For programs whose every file is closed by now.
+
+    Not by sys.exit: gRPC's daemon threads, and ours, may be within torch or gRPC at this moment. When
+    such a thread comes back to an interpreter that is ending, Python before 3.14 kills it amid C++, and
+    that aborts the process: the exit code would be lost, and with it the reason.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code)

@@ -40,7 +40,7 @@ class Options:
 
 def main() -> None:
     cli.prepare()
-    sys.exit(cli.run_to_the_end(PROGRAM, lambda: _main(sys.argv[1:])))
+    cli.leave(cli.run_to_the_end(PROGRAM, lambda: _main(sys.argv[1:])))
 
 
 def _main(arguments: list[str]) -> int:

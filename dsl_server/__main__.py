@@ -35,7 +35,7 @@ class Options:
 
 def main() -> None:
     cli.prepare()
-    sys.exit(cli.run_to_the_end(PROGRAM, lambda: _main(sys.argv[1:])))
+    cli.leave(cli.run_to_the_end(PROGRAM, lambda: _main(sys.argv[1:])))
 
 
 def _main(arguments: list[str]) -> int:
@@ -71,7 +71,6 @@ def _serve(options: Options) -> int:
             raise
         finally:
             server.stop(stopping)
-            server.rest()
         progress.log(_result(summary, folder.path))
     return 0
 

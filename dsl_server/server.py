@@ -96,11 +96,6 @@ class Server:
         self.inbox.close(reason)
         self.sockets.close()
 
-    def rest(self) -> None:
-        """Waits for the step that is being made: the interpreter must not end within one of torch's."""
-        if self._thread.is_alive():
-            self._thread.join()
-
     def _train(self) -> None:
         try:
             self._trainer.train(self.inbox, self.record.trained)

@@ -151,7 +151,7 @@ def test_a_killed_server_ends_its_clients(method: str, start: Start, address: st
     server, (client,) = training(start, address, 1, "--method", method)
     server.kill()
     code, words = ends(client, 10)
-    assert code == 69
+    assert code == 69, words
     assert "the server went away" in words
 
 
@@ -162,7 +162,7 @@ def test_a_killed_client_ends_the_server_and_the_other_client_by_name(start: Sta
     for process, code in ((server, 69), (second, 77)):
         got, words = ends(process, 10)
         assert "(site-0) went away" in words or "(site-1) went away" in words
-        assert got == code
+        assert got == code, words
 
 
 @pytest.mark.timeout(90)
@@ -170,7 +170,7 @@ def test_a_frozen_server_is_noticed_within_ten_seconds(start: Start, address: st
     server, (client,) = training(start, address, 1)
     server.send_signal(signal.SIGSTOP)
     code, words = ends(client, 12)
-    assert code == 69
+    assert code == 69, words
     assert "the server went away" in words
 
 
@@ -179,7 +179,7 @@ def test_a_frozen_client_is_noticed_within_ten_seconds(start: Start, address: st
     server, (client,) = training(start, address, 1)
     client.send_signal(signal.SIGSTOP)
     code, words = ends(server, 12)
-    assert code == 69
+    assert code == 69, words
     assert "client 0 (site-0) went away" in words
 
 
@@ -191,10 +191,10 @@ def test_a_stopped_server_tells_its_clients_and_ends_cleanly(
     server, (client,) = training(start, address, 1)
     server.send_signal(number)
     code, words = ends(server, 10)
-    assert code == expected
+    assert code == expected, words
     assert "Traceback" not in words
     code, words = ends(client, 10)
-    assert code == 77
+    assert code == 77, words
     assert "the server was stopped" in words
     assert "Traceback" not in words
 
@@ -204,10 +204,10 @@ def test_a_stopped_client_tells_the_server_and_ends_cleanly(start: Start, addres
     server, (client,) = training(start, address, 1)
     client.send_signal(signal.SIGINT)
     code, words = ends(client, 10)
-    assert code == 130
+    assert code == 130, words
     assert "Traceback" not in words
     code, words = ends(server, 10)
-    assert code == 69
+    assert code == 69, words
     assert "site-0" in words
     assert "it was stopped (Ctrl-C)" in words
     assert "Traceback" not in words
@@ -225,7 +225,7 @@ def test_a_client_may_start_before_its_server(start: Start, address: str) -> Non
 @pytest.mark.timeout(60)
 def test_a_client_does_not_wait_for_ever(start: Start, address: str) -> None:
     code, words = ends(start("dsl-client", "--server", address, "--patience", "1"), 30)
-    assert code == 69
+    assert code == 69, words
     assert f"no server at {address} within 1 s" in words
 
 
@@ -233,7 +233,7 @@ def test_a_client_does_not_wait_for_ever(start: Start, address: str) -> None:
 def test_one_client_too_many_is_refused_and_the_run_goes_on(start: Start, address: str) -> None:
     server, (client,) = training(start, address, 1)
     code, words = ends(start("dsl-client", "--server", address, "--name", "late"), 30)
-    assert code == 77
+    assert code == 77, words
     assert "'late' is one too many" in words
     assert "--clients 2" in words
     assert server.poll() is None
@@ -258,7 +258,7 @@ def test_one_client_too_many_is_refused_and_the_run_goes_on(start: Start, addres
 )
 def test_a_wrong_value_is_one_line_that_names_it(flags: list[str], words: str, start: Start) -> None:
     code, said = ends(start("dsl-server", *flags), 30)
-    assert code == 2
+    assert code == 2, said
     assert f"dsl-server: error: {words}" in said
     assert len(said.splitlines()) == 1
 
@@ -268,7 +268,7 @@ def test_a_wrong_value_is_one_line_that_names_it(flags: list[str], words: str, s
 def test_an_unknown_flag_is_named_with_the_nearest_one(name: str, start: Start) -> None:
     near = {"dsl-server": "--methd", "dsl-client": "--sever"}[name]
     code, said = ends(start(name, near, "x"), 30)
-    assert code == 2
+    assert code == 2, said
     assert near in said
     assert {"dsl-server": "--method", "dsl-client": "--server"}[name] in said
 
@@ -278,10 +278,10 @@ def test_data_that_a_client_lacks_ends_the_run_with_its_name(start: Start, addre
     server = start("dsl-server", *long_run(1, "--listen", address))
     client = start("dsl-client", "--server", address, "--data", "npz:missing.npz", "--name", "site")
     code, words = ends(client, 30)
-    assert code == 2
+    assert code == 2, words
     assert "missing.npz" in words
     code, words = ends(server, 10)
-    assert code == 69
+    assert code == 69, words
     assert "client 0 (site) failed" in words
     assert "missing.npz" in words
 
@@ -292,5 +292,5 @@ def test_two_servers_cannot_share_a_port(start: Start, address: str) -> None:
     assert first.stdout is not None
     first.stdout.readline()
     code, said = ends(start("dsl-server", "--listen", address), 30)
-    assert code == 2
+    assert code == 2, said
     assert f"--listen {address}: cannot be bound; is the port in use?" in said

@@ -1,0 +1,40 @@
+"""How a program ends: with its own exit code, whatever its other threads are at."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+BUSY = """
+import sys, threading, time
+import torch
+from common import cli
+
+def work():
+    z = torch.randn(300, 300)
+    while True:
+        z @ z
+
+threading.Thread(target=work, daemon=True).start()
+time.sleep(0.1)
+print("the last words")
+{end}(69)
+"""
+
+
+@pytest.mark.timeout(60)
+def test_a_thread_within_torch_does_not_spoil_the_exit_code() -> None:
+    script = BUSY.format(end="cli.leave")
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (69, "the last words\n", "")
+
+
+@pytest.mark.timeout(60)
+def test_a_program_whose_reader_has_gone_keeps_its_exit_code() -> None:
+    script = "from common import cli; print('x' * 100); cli.leave(65)"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=buffered) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.wait(30) == 65
