@@ -50,6 +50,12 @@ KNOWN_DATA: Mapping[str, tuple[tuple[int, int, int], int]] = {
 }
 _OTHER_DATA = ((3, 32, 32), 10)
 
+# Of the pixels in [0, 1] before training, one mean and spread for every source and every client: no
+# statistics of private data are computed, so none can leave a client, and no client must be told
+# another's.
+MEAN = 0.5
+STD = 0.25
+
 
 @dataclass(frozen=True)
 class Run:
@@ -66,7 +72,7 @@ class Run:
     split: str = "m"
     """Where it is cut: s, m, d (12/54, 17/54, 26/54 of the blocks at the client) or a block count."""
     head: str = "gap"
-    """The client's auxiliary head: gap, flat, mlp, conv or strided, for methods with a local loss."""
+    """The client's auxiliary head: gap, flat, mlp, conv, strided, copy or infopro, where a client has one."""
     clients: int = 1
     """How many clients make the run."""
     sync: Sync = "auto"

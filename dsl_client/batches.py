@@ -15,14 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.errors import ConfigError
+from common.run import MEAN, STD
 from dsl_client.data import Dataset
 
 Indices = NDArray[np.int64]
 
-# One mean and spread for every source and every client: no statistics of private data are computed,
-# so none can leave a client, and no client must be told another's.
-MEAN = 0.5
-STD = 0.25
 MARGIN = 4  # pixels of zeros around an image before a crop, as for CIFAR in He et al. (2015)
 TRIES = 50  # dealings before an uneven one is mended by hand
 FEWEST = 10  # samples that a dirichlet dealing leaves every client, where there are enough

@@ -28,7 +28,7 @@ class Demo:
     split: str = "m"
     """Where it is cut: s, m, d or a block count."""
     head: str = "strided"
-    """The DSL client's auxiliary head: gap, flat, mlp, conv or strided."""
+    """The DSL client's auxiliary head: gap, flat, mlp, conv, strided, copy or infopro."""
     epochs: int = 4
     """Passes over the data."""
     data: str = "sample"

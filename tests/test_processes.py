@@ -247,7 +247,7 @@ def test_one_client_too_many_is_refused_and_the_run_goes_on(start: Start, addres
         (["--split", "9"], "--split '9': resnet20 has 9 blocks; choose s, m, d or 1 to 8"),
         (["--model", "resnet19"], "--model 'resnet19': choose resnetN"),
         (["--method", "dls"], "--method 'dls': choose from dsl, csl"),
-        (["--head", "big"], "--head 'big': choose from gap, flat, mlp, conv, strided"),
+        (["--head", "big"], "--head 'big': choose from gap, flat, mlp, conv, strided, copy, infopro"),
         (["--partition", "dirichlet:0"], "--partition 'dirichlet:0'"),
         (["--config", "no-such.toml"], "--config no-such.toml: No such file"),
         (["--recipe", "best"], "--recipe 'best': choose from modern, paper"),

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.methods.base import Answer, ClientPart, Method, Received, ServerPart, Smashed, Step
+from common.nets.heads import local_loss
 
 
 def dsl() -> Method:
@@ -24,7 +25,7 @@ def client_step(part: ClientPart, x: Tensor, y: Tensor) -> Step:
     z = part.bottom(x)  # (B, C, H, W)
     yield Smashed(z.detach(), y)  # the wire: nothing comes back
 
-    loss = F.cross_entropy(part.head(z), y)
+    loss = local_loss(part.head, z, x, y)
     part.optimizer.zero_grad()
     loss.backward()
     part.optimizer.step()

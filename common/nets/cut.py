@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from common.errors import ConfigError
-from common.nets.heads import Shape, build_head
+from common.nets.heads import Cut, Shape, build_head
 from common.nets.resnet import resnet
 from common.run import Run
 
@@ -44,15 +44,18 @@ def build(run: Run) -> CutNet:
     net = initialise(resnet(depth, run.class_count, run.image_shape[0]), generator)
     bottom, top = net[: 1 + blocks], net[1 + blocks :]
     shape = _cut_shape(bottom, run.image_shape)
-    head = initialise(build_head(run.head, shape, run.class_count), generator)
+    cut = Cut(shape, run.image_shape, run.class_count, top)
+    head = initialise(build_head(run.head, cut), generator)
     return CutNet(bottom, top, head, shape)
 
 
 def initialise(net: M, generator: torch.Generator) -> M:
-    """First weights: He et al. 2015 for convolutions, torch's own rule for linear layers."""
+    """First weights: He et al. 2015 for convolutions (biases 0), torch's own rule for linear layers."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):
             bound = 1 / math.sqrt(module.in_features)
             nn.init.uniform_(module.weight, -bound, bound, generator=generator)
