@@ -32,8 +32,9 @@ class Traffic:
     """Counts serialized bytes by direction and kind. Any thread may count.
 
     The kinds of tensor bytes are `activations`, `labels`, `gradients` (of training), `evaluation`
-    (activations and labels sent only to be scored) and `weights`; `framing` is the rest of these
-    messages; `control` is every other message.
+    (what travels only to be scored) and `weights`; `framing` is the rest of these messages; `control`
+    is every other message. Where the client has the network's last layers, outputs come down as
+    `activations` and gradients go up too.
     """
 
     def __init__(self) -> None:
@@ -64,10 +65,12 @@ class Traffic:
             return sum(n for (d, _), n in self._bytes.items() if d == direction)
 
     def by_kind(self) -> dict[str, dict[str, int]]:
-        """{"up": {kind: bytes}, "down": {kind: bytes}}, with every kind of `UP` and `DOWN`."""
+        """{"up": {kind: bytes}, "down": {kind: bytes}}: every kind of `UP` and `DOWN`, and what else came."""
         with self._lock:
-            up = {kind: self._bytes["up", kind] for kind in UP}
-            return {"up": up, "down": {kind: self._bytes["down", kind] for kind in DOWN}}
+            kinds: dict[str, dict[str, int]] = {"up": dict.fromkeys(UP, 0), "down": dict.fromkeys(DOWN, 0)}
+            for (direction, kind), count in self._bytes.items():
+                kinds[direction][kind] = count
+            return kinds
 
     def _count(self, rpc: Rpc, direction: Direction, message: Any, size: int) -> None:
         kinds = {"control": size}
@@ -78,21 +81,26 @@ class Traffic:
                 self._bytes[direction, kind] += n
 
 
-_FRAMES = ("batch", "gradient", "weights")  # heads that tensors follow
-_KINDS = {TRAIN: ("activations", "gradients"), SYNC_WEIGHTS: ("weights", "weights")}
+_FRAMES = ("batch", "gradient", "output", "weights")  # heads that tensors follow
 
 
 def _tensors(rpc: Rpc, direction: Direction, piece: Piece[Any]) -> dict[str, int]:
     """The piece's tensor bytes by kind. A batch's labels are told from its activations by its head."""
     if rpc is EVALUATE:
         return {"evaluation": piece.size}
-    up, down = _KINDS.get(rpc, ("activations", "gradients"))
-    main = up if direction == "up" else down
-    if piece.head.WhichOneof("head") != "batch":
-        return {main: piece.size}
+    if rpc is SYNC_WEIGHTS:
+        return {"weights": piece.size}
+    head = piece.head.WhichOneof("head")
+    if direction == "down":
+        is_output = rpc is TRAIN and (head == "output" or piece.head.of_output)
+        return {"activations" if is_output else "gradients": piece.size}
+    if rpc is TRAIN and (head == "gradient" or piece.head.of_gradient):
+        return {"gradients": piece.size}
+    if head != "batch":
+        return {"activations": piece.size}
     labels = declared_bytes(piece.head.batch.labels)
     labels = labels if labels <= PIECE_BYTES else 0  # no such batch will be taken
-    return {main: piece.size - labels, "labels": labels}
+    return {"activations": piece.size - labels, "labels": labels}
 
 
 class Clock:

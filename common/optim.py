@@ -10,7 +10,8 @@ from common.run import Run
 
 
 def sgd(parameters: Iterable[nn.Parameter], run: Run) -> Optimizer:
-    return SGD(parameters, run.lr, run.momentum, weight_decay=run.weight_decay)
+    """Of these parameters; of none, where the other end has all of the network."""
+    return SGD([{"params": list(parameters)}], run.lr, run.momentum, weight_decay=run.weight_decay)
 
 
 def learning_rate(run: Run, progress: float) -> float:

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from common.methods.base import ClientPart, Method, Part, ServerPart
-from common.nets.cut import CutNet
+from common.methods.base import ClientPart, Method, Part, ServerPart, Stage, Tail
+from common.nets.cut import CutNet, slices
 from common.optim import sgd
 from common.run import Run
 
@@ -17,13 +17,19 @@ Spec = tuple[torch.dtype, tuple[int, ...]]
 def client_part(run: Run, method: Method, net: CutNet, device: torch.device) -> ClientPart:
     bottom = net.bottom.to(device)
     head = net.head.to(device) if method.local_loss else None
-    learned = [*bottom.parameters(), *(head.parameters() if head is not None else ())]
-    return ClientPart(bottom, head, sgd(learned, run))
+    tail = {Tail.NONE: None, Tail.LAST: net.top[-1:], Tail.ALL: net.top}[method.tail]
+    inner, last = _stages(bottom, net.bottom_heads, device)
+    learned = [bottom, head, *(stage.head for stage in inner), None if tail is None else tail.to(device)]
+    return ClientPart(bottom, head, sgd(_parameters(learned), run), tail, inner, last)
 
 
-def server_part(run: Run, net: CutNet, device: torch.device) -> ServerPart:
-    top = net.top.to(device)
-    return ServerPart(top, sgd(top.parameters(), run), torch.Generator().manual_seed(run.seed))
+def server_part(run: Run, method: Method, net: CutNet, device: torch.device) -> ServerPart:
+    top = {Tail.NONE: net.top, Tail.LAST: net.top[:-1], Tail.ALL: nn.Sequential()}[method.tail].to(device)
+    head = net.head.to(device) if method.new_head else None
+    inner, last = _stages(top, net.top_heads, device)
+    learned = [top, *(stage.head for stage in inner)]
+    chance = torch.Generator().manual_seed(run.seed)
+    return ServerPart(top, sgd(_parameters(learned), run), chance, inner, last, head)
 
 
 def state_of(part: Part, momentum: bool = True) -> State:
@@ -34,6 +40,19 @@ def state_of(part: Part, momentum: bool = True) -> State:
         for key, tensor in module.state_dict().items()
     }
     return state | (dict(_momentum(part)) if momentum else {})
+
+
+def averaged_state(part: ClientPart, method: Method) -> State:
+    """What of the part goes into an average: all its weights, but for a head that the server makes."""
+    state = state_of(part, momentum=False)
+    if method.new_head is None:
+        return state
+    return {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+
+
+def head_state(head: nn.Module) -> State:
+    """A head's weights and buffers, named as in the part of its client."""
+    return {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
 
 
 def load_state(part: Part, state: Mapping[str, Tensor]) -> None:
@@ -56,6 +75,20 @@ def average(states: Sequence[Mapping[str, Tensor]], samples: Sequence[int]) -> S
     """
     total = sum(samples)
     return {name: _mean([s[name] for s in states], [n / total for n in samples]) for name in states[0]}
+
+
+def _stages(
+    layers: nn.Sequential, heads: Sequence[nn.Module], device: torch.device
+) -> tuple[list[Stage], nn.Module | None]:
+    """The slices that have heads of their own, and the last one, where the layers are cut again."""
+    if not heads:
+        return [], None
+    *inner, last = slices(layers, len(heads) + 1)
+    return [Stage(some, head.to(device)) for some, head in zip(inner, heads, strict=True)], last
+
+
+def _parameters(modules: Sequence[nn.Module | None]) -> list[nn.Parameter]:
+    return [parameter for module in modules if module is not None for parameter in module.parameters()]
 
 
 def _mean(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -73,6 +73,10 @@ class Run:
     """Where it is cut: s, m, d (12/54, 17/54, 26/54 of the blocks at the client) or a block count."""
     head: str = "gap"
     """The client's auxiliary head: gap, flat, mlp, conv, strided, copy or infopro, where a client has one."""
+    client_modules: int = 1
+    """Cut the client's part again into so many modules, each learning from a head of its own."""
+    server_modules: int = 1
+    """Likewise the server's part."""
     clients: int = 1
     """How many clients make the run."""
     sync: Sync = "auto"
@@ -177,6 +181,8 @@ class Run:
 
 
 _LEAST = {
+    "client_modules": 1,
+    "server_modules": 1,
     "clients": 1,
     "epochs": 1,
     "batch_size": 1,

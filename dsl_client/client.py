@@ -1,22 +1,24 @@
 """A client, put together: joins, reads its data, trains its part, leaves."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from common import checkpoint
 from common.errors import SplitLearningError
 from common.meter import Clock, Traffic, peak_bytes
 from common.methods import build_method
+from common.methods.base import ClientPart
 from common.nets.cut import build
 from common.parts import client_part
 from common.run import Run
 from common.rundir import RunFolder
 from common.wire import split_learning_pb2 as pb
-from common.wire.codec import BatchSpec
+from common.wire.codec import batch_spec
 from dsl_client import data
 from dsl_client.batches import Batches, Indices, limited, partition
 from dsl_client.connection import Connection
@@ -49,9 +51,9 @@ class Client:
         folder = RunFolder(out, run, f"client-{self.index}")
         net = build(run)
         self.part = client_part(run, method, net, self._device)
-        for module in self.part.modules.values():
+        for module in _forward_passes(self.part):
             self._clock.module("forward", module)
-        spec = BatchSpec(net.cut_shape, run.batch_size, run.class_count)
+        spec = batch_spec(run, method, net)
         train, test = self._batches()
 
         def scored(score: Scored) -> None:
@@ -106,6 +108,13 @@ class Client:
         if not shares or samples < self.run.clients:
             return None
         return np.arange(self.index, samples, self.run.clients)
+
+
+def _forward_passes(part: ClientPart) -> Iterator[nn.Module]:
+    """What a step calls, none within another."""
+    for stage in part.inner:
+        yield from stage
+    yield from filter(None, [part.outermost, part.head, part.tail])
 
 
 def measurements(clock: Clock, device: torch.device) -> pb.Measurements:

@@ -77,7 +77,7 @@ class Connection:
             batches=batches,
             samples=samples,
         )
-        start = self._calls[rpc.TRAIN] if method.answers else self._calls[rpc.STREAM_ACTIVATIONS].future
+        start = self._calls[rpc.STREAM_ACTIVATIONS].future if method.one_way else self._calls[rpc.TRAIN]
         segment = Segment(start, opening, spec, method, depth, self._clock)
         self._segments.append(segment)
         if self._over:  # meanwhile; whoever ended it did not see this segment
@@ -88,8 +88,7 @@ class Connection:
         """Opens an evaluation of the network as it is after this client's batch of that number."""
         self._check_open()
         opening = pb.Evaluation(session=self._session, epoch=epoch, after_sequence=after_sequence)
-        start = self._calls[rpc.EVALUATE].future
-        self._examination = Examination(start, opening, spec, depth, self._clock)
+        self._examination = Examination(self._calls[rpc.EVALUATE], opening, spec, depth, self._clock)
         if self._over:
             self._examination.fail(self._over)
         return self._examination

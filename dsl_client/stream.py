@@ -2,7 +2,7 @@
 
     compute thread                          gRPC's thread
     segment(smashed) -> outbox (bounded) -> pack -> pieces -> network
-                     <- gradient, if the method answers one
+                     <- gradient or output, if the method answers one
 
 Sending never holds up the compute thread until the outbox is full. Whatever ends a call closes its
 outbox with the reason, so that a client which is answered nothing still learns that it is alone.
@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import grpc
+import torch
 from torch import Tensor
 
 from common.errors import ClosedError, FullError, RefusedError, SplitLearningError, WireError
 from common.meter import Clock
-from common.methods.base import Method, Smashed
+from common.methods.base import Method, Sent, Smashed, Tail
 from common.wire import codec
 from common.wire import split_learning_pb2 as pb
 from common.wire.codec import BatchSpec
@@ -86,6 +87,16 @@ class Outgoing:
         except grpc.RpcError as error:
             raise self._reason or told(error) from None
 
+    def following(self) -> tuple[Piece[Any], Pieces]:
+        """The first message of the next answer, and those after it. Raises why there is none."""
+        with self.telling():
+            first = following(self.call)
+        return first, self._rest()
+
+    def _rest(self) -> Pieces:
+        with self.telling():
+            yield from map(judged, self.call)
+
     def _requests(self) -> Pieces:
         yield self._opening
         for pieces in self._outbox:
@@ -99,22 +110,30 @@ class Outgoing:
 
 
 class Segment:
-    """One client's batches of one epoch. Call it with each; it gives dL/dz (B, C, H, W), or None."""
+    """One client's batches of one epoch. Call it with what the method sends; it gives what comes back."""
 
     def __init__(
         self, start: Call, opening: pb.Segment, spec: BatchSpec, method: Method, depth: int, clock: Clock
     ) -> None:
-        self._kind = pb.TrainRequest if method.answers else pb.StreamActivationsRequest
+        self._kind = pb.StreamActivationsRequest if method.one_way else pb.TrainRequest
         self._spec, self._method, self._clock = spec, method, clock
+        self._first = opening.first_sequence
         self._sequence = opening.first_sequence - 1
+        self._shape: tuple[int, ...] = ()  # of the last batch's activations
         self._stream = Outgoing(start, Piece(self._kind(segment=opening)), depth, clock)
         self.server_loss: float | None = None  # of the last batch that was answered
 
-    def __call__(self, smashed: Smashed) -> Tensor | None:
-        self._sequence += 1
+    def __call__(self, sent: Sent) -> Tensor | None:
+        """A batch gives its output, or dL/dz (B, C, H, W), or None; an output's gradient dL/dz or None."""
         with self._clock("wait"):
-            self._stream.put(codec.pack_batch(self._kind, self._sequence, smashed, self._spec))
-            return self._answer(smashed) if self._method.answers else None
+            if isinstance(sent, Tensor):
+                self._stream.put(codec.pack_gradient(self._kind, self._sequence, sent))
+                return self._gradient(sent.device) if self._wanted() else None
+            self._sequence, self._shape = self._sequence + 1, tuple(sent.z.shape)
+            self._stream.put(codec.pack_batch(self._kind, self._sequence, sent, self._spec))
+            if self._method.tail is Tail.LAST:
+                return self._output(sent.z)
+            return self._gradient(sent.z.device) if self._wanted() else None
 
     def finish(self) -> None:
         """Ends the segment; does not wait for its receipt."""
@@ -126,21 +145,29 @@ class Segment:
     def receipt(self) -> None:
         """Waits until the server has trained on all of it. Raises why it has not."""
         with self._stream.telling():
-            if self._method.answers:
+            if self._method.one_way:
+                judged(self._stream.call.result())
+            else:
                 for _ in self._stream.call:
                     raise WireError("the server answered a batch that was not sent")
-            else:
-                judged(self._stream.call.result())
 
-    def _answer(self, smashed: Smashed) -> Tensor | None:
-        with self._stream.telling():
-            first = following(self._stream.call)
-            rest = map(judged, self._stream.call)
-            shape = tuple(smashed.z.shape)
-            gradient, self.server_loss = codec.unpack_gradient(first, rest, self._sequence, shape)
+    def _wanted(self) -> bool:
+        every = self._method.answer_every
+        return every > 0 and (self._sequence - self._first) % every == 0
+
+    def _gradient(self, device: torch.device) -> Tensor | None:
+        first, rest = self._stream.following()
+        gradient, loss = codec.unpack_gradient(first, rest, self._sequence, self._shape)
+        if self._method.tail is Tail.NONE:
+            self.server_loss = loss
         if gradient is None and not self._method.may_skip:
             raise WireError(f"the server's answer to batch {self._sequence} has no gradient")
-        return None if gradient is None else gradient.to(smashed.z.device)
+        return None if gradient is None else gradient.to(device)
+
+    def _output(self, z: Tensor) -> Tensor:
+        first, rest = self._stream.following()
+        shape = (len(z), *self._spec.output_shape)
+        return codec.unpack_output(first, rest, self._sequence, shape).to(z.device)
 
 
 class Examination:
@@ -152,21 +179,33 @@ class Examination:
         self._spec, self._sequence = spec, 0
         self._stream = Outgoing(start, Piece(pb.EvaluateRequest(evaluation=opening)), depth, clock)
 
-    def __call__(self, smashed: Smashed) -> None:
+    def send(self, smashed: Smashed) -> None:
+        """A batch that the server is to score."""
         self._sequence += 1
         self._stream.put(codec.pack_batch(pb.EvaluateRequest, self._sequence, smashed, self._spec))
+
+    def output(self, smashed: Smashed) -> Tensor:
+        """What the server's layers make of a batch, for a client that has the last ones."""
+        self.send(smashed)
+        first, rest = self._stream.following()
+        shape = (len(smashed.z), *self._spec.output_shape)
+        return codec.unpack_output(first, rest, self._sequence, shape).to(smashed.z.device)
 
     def fail(self, reason: SplitLearningError) -> None:
         self._stream.fail(reason)
 
-    def finish(self, head_score: pb.HeadScore | None) -> pb.EvaluateResponse:
-        """The score, once the server has made it; `head_score`: what the client's own head got."""
-        if head_score is not None:
-            self._stream.put(iter([Piece(pb.EvaluateRequest(head_score=head_score))]))
+    def finish(self, closing: pb.ClientScore | None) -> pb.Score:
+        """The score, once it is made; `closing`: what the client itself has to say of it."""
+        if closing is not None:
+            self._stream.put(iter([Piece(pb.EvaluateRequest(client_score=closing))]))
         self._stream.finish()
-        with self._stream.telling():
-            response: pb.EvaluateResponse = judged(self._stream.call.result())
-        return response
+        first, rest = self._stream.following()
+        if first.head.WhichOneof("head") != "score":
+            raise WireError("the server's last answer to an evaluation is not a score")
+        score: pb.Score = first.head.score
+        for _ in rest:
+            raise WireError("the server went on after the score")
+        return score
 
 
 def following(responses: Iterator[T | WireError]) -> T:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.methods import METHODS, arguments
-from common.methods.base import Gather, Method
+from common.methods.base import Gather, Method, Tail
 
 
 def show(console: Console) -> None:
@@ -32,18 +32,31 @@ def show(console: Console) -> None:
 
 def goes_up(method: Method) -> str:
     """In words: what a client sends."""
-    batches = "every batch" if method.every == 1 else f"one batch in {method.every}"
-    weights = ", weights" if method.sync in ("average", "relay") else ""
-    return f"activations and labels of {batches}{weights}"
+    what = "activations and labels" if method.tail is Tail.NONE else "activations"
+    tail = "; a gradient for each output" if method.tail is Tail.LAST else ""
+    weights = "weights" if method.sync in ("average", "relay") else ""
+    return ", ".join(filter(None, [_batches(method, what) + tail, weights]))
 
 
 def comes_down(method: Method) -> str:
     """In words: what the server sends back."""
-    gradients = "a gradient a batch" if method.answers else ""
+    outputs = "an output a batch" if method.tail is Tail.LAST else ""
+    gradients = {0: "", 1: "a gradient a batch"}.get(
+        method.answer_every, f"a gradient for one batch in {method.answer_every}"
+    )
     gradients += ", or a skip" if method.may_skip else ""
     weights = "averaged weights" if method.sync == "average" else ""
+    heads = f"a head every {method.head_every} epochs" if method.new_head else ""
     together = "; in rounds of one batch a client" if method.gather is Gather.ALL else ""
-    return (", ".join(filter(None, [gradients, weights])) or "nothing") + together
+    return (", ".join(filter(None, [outputs, gradients, weights, heads])) or "nothing") + together
+
+
+def _batches(method: Method, what: str) -> str:
+    if method.afterwards:
+        return f"{what} of every image, once, at the end"
+    if method.send_every == 0:
+        return ""
+    return f"{what} of " + ("every batch" if method.send_every == 1 else f"one batch in {method.send_every}")
 
 
 def source(make: Any) -> str:

@@ -10,14 +10,18 @@ from typing import Protocol
 
 from torch import Tensor
 
-from common.methods.base import ClientPart, Gather, Method, Received, Step
+from common.methods.base import ClientPart, ClientStep, Gather, Method, Received, Sent, Smashed, Step
 from common.methods.hosting import Hosting
 from common.optim import learning_rate, progress_of, set_learning_rate
+from common.parts import average, averaged_state, head_state, load_state, state_of
 from common.run import Run
 
 
 class Source(Protocol):
     """One client's batches: dsl_client.batches.Batches, or a test's own."""
+
+    @property
+    def samples(self) -> int: ...
 
     def __len__(self) -> int: ...
 
@@ -33,9 +37,33 @@ class Turn:
     y: Tensor
     client_progress: float
     server_progress: float | None  # None: the batch is not sent
+    wanted: bool = True  # its gradient is
 
 
 Tick = Sequence[Turn]  # at most one of each client, in the order in which the server steps on them
+
+
+def federate(
+    run: Run, method: Method, clients: Sequence[ClientPart], server: Hosting, data: Sequence[Source]
+) -> None:
+    """A run from its first epoch to its last, with all that happens between epochs; parts train in place."""
+    for epoch in range(run.epochs):
+        if run.sync == "relay":
+            _relay(run, method, clients, server, data, epoch)
+        else:
+            simulate(run, method, clients, server, ticks(run, method, data, epoch))
+            if method.send_every:
+                server.end_round()
+        if run.sync == "average":
+            mean = average([averaged_state(part, method) for part in clients], [d.samples for d in data])
+            for part in clients:
+                load_state(part, mean)
+        if method.new_head and (epoch + 1) % method.head_every == 0:
+            for index, part in enumerate(clients):
+                load_state(part, head_state(server.new_head(index)))
+    if method.afterwards:
+        _send_once(run, method.afterwards, clients, server, data)
+        server.end_round()
 
 
 def ticks(run: Run, method: Method, data: Sequence[Source], epoch: int) -> Iterator[Tick]:
@@ -54,41 +82,92 @@ def simulate(
 ) -> None:
     """Trains all parts, in place."""
     for tick in ticks:
-        steps, received = _begun(run, method, clients, tick)
-        groups = [received] if method.gather is Gather.ALL else [[batch] for batch in received]
-        gradients: list[Tensor | None] = []
-        for group in filter(None, groups):
-            gradients.extend(server.step(group).gradients or [None] * len(group))
-        for step, gradient in zip(steps, gradients or [None] * len(steps), strict=True):
-            _finish(step, gradient)
+        talks = [_Talk(run, method.client_step, clients[turn.client], turn) for turn in tick]
+        sent = [talk for talk in talks if talk.turn.server_progress is not None]
+        for group in [sent] if method.gather is Gather.ALL else [[talk] for talk in sent]:
+            if group:
+                answers = server.step([talk.received() for talk in group]).gradients or [None] * len(group)
+                for talk, gradient in zip(group, answers, strict=True):
+                    talk.finish(gradient)
+        for talk in talks:
+            if talk not in sent:
+                talk.finish(None)
+
+
+class _Talk:
+    """One client step, and what it has sent last."""
+
+    def __init__(self, run: Run, client_step: ClientStep, part: ClientPart, turn: Turn) -> None:
+        self.turn = turn
+        set_learning_rate(part.optimizer, learning_rate(run, turn.client_progress))
+        self._step: Step = client_step(part, turn.x, turn.y)
+        self._sent: Sent | None = next(self._step, None)  # None: it is over
+
+    def received(self) -> Received:
+        batch, turn = self._sent, self.turn
+        assert isinstance(batch, Smashed), "a batch was sent"
+        assert turn.server_progress is not None, "and it was to be"
+        z = batch.z.clone()  # what a step does to it, it does not do to the client's
+        return Received(z, batch.y, turn.client, turn.server_progress, turn.wanted, self._through_tail)
+
+    def _through_tail(self, output: Tensor) -> Tensor:
+        self._sent = self._step.send(output)
+        assert isinstance(self._sent, Tensor), "the client sends the output's gradient"
+        return self._sent
+
+    def finish(self, gradient: Tensor | None) -> None:
+        if self._sent is None:
+            return
+        try:
+            self._step.send(gradient)
+        except StopIteration:
+            return
+        raise AssertionError("the client step goes on after the server's last answer")
 
 
 def _turn(
     run: Run, method: Method, client: int, batches: Sequence[tuple[Tensor, Tensor]], epoch: int, index: int
 ) -> Turn:
-    sent = range(0, len(batches), method.every)
+    sent = range(0, len(batches), method.send_every) if method.send_every else range(0)
     here = progress_of(run, epoch, index, len(batches))
-    there = progress_of(run, epoch, sent.index(index), len(sent)) if index in sent else None
-    return Turn(client, *batches[index], client_progress=here, server_progress=there)
+    if index not in sent:
+        return Turn(client, *batches[index], client_progress=here, server_progress=None)
+    place = sent.index(index)
+    return Turn(
+        client,
+        *batches[index],
+        client_progress=here,
+        server_progress=progress_of(run, epoch, place, len(sent)),
+        wanted=method.answer_every > 0 and place % method.answer_every == 0,
+    )
 
 
-def _begun(
-    run: Run, method: Method, clients: Sequence[ClientPart], tick: Tick
-) -> tuple[list[Step], list[Received]]:
-    steps, received = [], []
-    for turn in tick:
-        part = clients[turn.client]
-        set_learning_rate(part.optimizer, learning_rate(run, turn.client_progress))
-        steps.append(method.client_step(part, turn.x, turn.y))
-        batch = next(steps[-1])
-        if turn.server_progress is not None:
-            received.append(Received(batch.z, batch.y, turn.client, turn.server_progress))
-    return steps, received
+def _relay(
+    run: Run,
+    method: Method,
+    clients: Sequence[ClientPart],
+    server: Hosting,
+    data: Sequence[Source],
+    epoch: int,
+) -> None:
+    """Each client in turn trains on all of its share, with the part of the one before it."""
+    everything = list(ticks(run, method, data, epoch))
+    for client, part in enumerate(clients):
+        if part is not clients[client - 1]:
+            load_state(part, state_of(clients[client - 1]))
+        turns = [turn for tick in everything for turn in tick if turn.client == client]
+        simulate(run, method, clients, server, [[turn] for turn in turns])
 
 
-def _finish(step: Step, gradient: Tensor | None) -> None:
-    try:
-        step.send(gradient)
-    except StopIteration:
-        return
-    raise AssertionError("a client step yields once")
+def _send_once(
+    run: Run,
+    client_step: ClientStep,
+    clients: Sequence[ClientPart],
+    server: Hosting,
+    data: Sequence[Source],
+) -> None:
+    for client, batches in enumerate(data):
+        for x, y in batches.epoch(run.epochs):
+            for batch in client_step(clients[client], x, y):
+                assert isinstance(batch, Smashed), "it sends batches"
+                server.step([Received(batch.z, batch.y, client, 0.0, wanted=False)])

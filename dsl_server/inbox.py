@@ -9,7 +9,7 @@ How the lanes are served:
   starved by another;
 * in fixed order: a tick waits until every lane that is still in the epoch has something, then takes
   one batch from each, by client index. The order depends on the data alone, so runs repeat.
-  Evaluations happen between epochs, after the end of the round is told. With `gather=ALL` a tick
+  Errands are done between epochs, after the end of the round is told. With `gather=ALL` a tick
   is one group.
 
     lane 0  | b b b End |b b b End          tick 1: 0 1 2   tick 2: 0 1 2   tick 3: 0 2
@@ -19,53 +19,75 @@ How the lanes are served:
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from common.errors import ClosedError
 from common.methods.base import Gather, Smashed
+from common.methods.hosting import Hosting
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What the trainer answers a batch with: dL/dz if the method has one, and the loss."""
+    """What the trainer answers a batch with: dL/dz if the method has one, and the loss if it knows it."""
 
     gradient: Tensor | None
-    loss: float
+    loss: float | None
+
+
+class ThroughTail:
+    """How one batch goes through the last layers, which its client has: output there, gradient back.
+
+    The trainer calls it with the output and waits. Who serves the client takes the one and gives the
+    other. Whichever side fails, the other is told.
+    """
+
+    def __init__(self) -> None:
+        self.output: Future[Tensor] = Future()
+        self.gradient: Future[Tensor] = Future()
+
+    def __call__(self, output: Tensor) -> Tensor:
+        self.output.set_result(output)
+        return self.gradient.result()
+
+    def fail(self, error: BaseException) -> None:
+        for side in (self.output, self.gradient):
+            if not side.done():
+                side.set_exception(error)
 
 
 @dataclass(frozen=True)
 class Job:
     """One client's batch to train on, and the place where its answer will appear.
 
-    progress: the fraction of the run that lies before it, which sets the learning rate.
+    progress: the fraction of the run that lies before it, which sets the learning rate. wanted: the
+    client waits for its gradient.
     """
 
     client: int
     sequence: int
     smashed: Smashed
     progress: float
+    wanted: bool = True
     answer: Future[Trained] = field(default_factory=Future)
+    through_tail: ThroughTail = field(default_factory=ThroughTail)
 
 
 @dataclass(frozen=True)
-class Score:
-    """How a batch of test images was classified."""
+class Errand:
+    """Something else that the trainer is to do for a client: score a batch, make a head.
 
-    correct: int
-    loss: float  # summed over the batch
-
-
-@dataclass(frozen=True)
-class Exam:
-    """One client's batch to score, and the place where its score will appear."""
+    The model has one thread; whoever wants something of it asks here.
+    """
 
     client: int
-    smashed: Smashed
-    answer: Future[Score] = field(default_factory=Future)
+    what: str  # for who reads why it failed
+    do: Callable[[Hosting], Any]
+    answer: Future[Any] = field(default_factory=Future)
 
 
 @dataclass(frozen=True)
@@ -80,8 +102,8 @@ class RoundEnd:
     """Every client has come to the end of the epoch, and none has begun the next."""
 
 
-Item = Job | Exam | EpochEnd
-Work = Sequence[Job] | Exam | RoundEnd
+Item = Job | Errand | EpochEnd
+Work = Sequence[Job] | Errand | RoundEnd
 
 
 class Inbox:
@@ -127,7 +149,7 @@ class Inbox:
                 item.answer.set_exception(self._closed)
 
     def __iter__(self) -> Iterator[Work]:
-        """Groups to train on and batches to score, until every member has left or it is closed."""
+        """Groups to train on and errands, until every member has left or it is closed."""
         while (work := self._next()) is not None:
             yield work
 
@@ -142,10 +164,10 @@ class Inbox:
             return self._tick.popleft()
 
     def _grouped(self, items: Sequence[Item]) -> list[Work]:
-        exams = [item for item in items if isinstance(item, Exam)]
+        errands = [item for item in items if isinstance(item, Errand)]
         jobs = [item for item in items if isinstance(item, Job)]
         groups = [jobs] if self._gather is Gather.ALL and jobs else [[job] for job in jobs]
-        return [*exams, *groups]
+        return [*errands, *groups]
 
     def _active(self) -> list[int]:
         """Clients with something in their lane or still to come."""
@@ -163,23 +185,23 @@ class Inbox:
         return self._grouped([lane.popleft() for lane in self._lanes if lane])
 
     def _in_order(self) -> list[Work]:
-        """One step of the fixed order: ends of epochs first, then evaluations, then batches."""
+        """One step of the fixed order: ends of epochs first, then errands, then batches."""
         self._in_epoch &= set(self._active())
         if not self._in_epoch:
             self._in_epoch = set(self._active())
             return []
         lanes = [self._lanes[c] for c in sorted(self._in_epoch)]
         ended = [lane for lane in lanes if isinstance(lane[0], EpochEnd)]
-        exams = [lane for lane in lanes if isinstance(lane[0], Exam)]
-        taken = [lane.popleft() for lane in ended or exams or lanes]
+        errands = [lane for lane in lanes if isinstance(lane[0], Errand)]
+        taken = [lane.popleft() for lane in ended or errands or lanes]
         if not ended:
             return self._grouped(taken)
         self._in_epoch -= {item.client for item in taken}
         return [RoundEnd()] if not self._in_epoch else []
 
 
-def answered(work: Work) -> Sequence[Job | Exam]:
+def answered(work: Work) -> Sequence[Job | Errand]:
     """Those in it that somebody awaits an answer for."""
     if isinstance(work, RoundEnd):
         return []
-    return [work] if isinstance(work, Exam) else work
+    return [work] if isinstance(work, Errand) else work

@@ -72,14 +72,16 @@ class Record:
         with self._lock:
             self.epoch = max(self.epoch, epoch)
 
-    def trained(self, samples: int, loss: float, facts: Mapping[str, float]) -> None:
-        """A step's samples, mean loss, and what the method noted of it."""
+    def trained(self, samples: int, loss: float | None, facts: Mapping[str, float]) -> None:
+        """A step's samples, mean loss if the server knows one, and what the method noted of it."""
         with self._lock:
             self._facts.append(facts)
             self.samples_trained += samples
-            self.loss = loss if self._loss_samples == 0 else 0.95 * self.loss + 0.05 * loss
-            self._loss_sum += samples * loss
-            self._loss_samples += samples
+            if loss is not None:
+                weight = max(1, samples)  # what a round's end trains on was counted when it came
+                self.loss = loss if self._loss_samples == 0 else 0.95 * self.loss + 0.05 * loss
+                self._loss_sum += weight * loss
+                self._loss_samples += weight
 
     def evaluated(self, client: int, epoch: int, evaluation: Evaluation) -> None:
         """Adds a client's evaluation; the last client's of an epoch makes its line in metrics.jsonl."""
@@ -137,7 +139,7 @@ class Record:
                 "seconds": round(self.seconds, 3),
                 "samples_trained": self.samples_trained,
                 "train": {
-                    "loss": self._loss_sum / max(1, self._loss_samples),
+                    "loss": self._loss_sum / self._loss_samples if self._loss_samples else None,
                     "client_loss": sum(losses) / len(losses) if losses else None,
                     **_means(self._facts),
                 },

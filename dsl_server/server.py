@@ -18,10 +18,10 @@ from common.methods import build_method, settled
 from common.methods.base import Gather
 from common.methods.hosting import Hosting
 from common.nets.cut import build
-from common.parts import client_part, server_part, specs, state_of
+from common.parts import averaged_state, client_part, server_part, specs, state_of
 from common.run import Run
 from common.rundir import RunFolder
-from common.wire.codec import BatchSpec
+from common.wire.codec import batch_spec
 from common.wire.options import SLACK_BYTES, server_options
 from common.wire.pieces import PIECE_BYTES
 from common.wire.rpc import SERVICE
@@ -44,9 +44,10 @@ class Server:
         self.run, self._folder = run, folder
         self.method = build_method(run)
         net = build(run)
-        self.part = server_part(run, net, device)
+        self.part = server_part(run, self.method, net, device)
         self.traffic, self._clock = Traffic(), Clock()
-        self._clock.module("forward", self.part.top)
+        for layers in [*(stage.layers for stage in self.part.inner), self.part.outermost]:
+            self._clock.module("forward", layers)
         self.hosting = Hosting(run, self.method, self.part)
         together = self.method.gather is Gather.ALL or self.method.copies or run.fixed_order
         in_turn = together and run.sync != "relay"  # whose turns are an order already
@@ -58,8 +59,9 @@ class Server:
         self._failure: SplitLearningError | None = None
         self._thread = threading.Thread(target=self._train, name="trainer", daemon=True)
         theirs = client_part(run, self.method, net, torch.device("cpu"))
-        part_specs = specs(state_of(theirs, momentum=run.sync == "relay"))
-        spec = BatchSpec(net.cut_shape, run.batch_size, run.class_count)
+        relayed = run.sync == "relay"
+        part_specs = specs(state_of(theirs) if relayed else averaged_state(theirs, self.method))
+        spec = batch_spec(run, self.method, net)
         service = Service(
             run, self.method, spec, part_specs, self.inbox, self.rounds, self.record, self._clock
         )

@@ -2,7 +2,9 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from functools import partial
 from typing import Any, NoReturn
 
 import grpc
@@ -16,22 +18,24 @@ from common.errors import (
     WireError,
 )
 from common.meter import Clock, Traffic
-from common.methods.base import Method
+from common.methods.base import Method, Tail
+from common.methods.hosting import Hosting
 from common.optim import progress_of
-from common.parts import Spec
+from common.parts import Spec, head_state
 from common.run import Run
 from common.wire import codec
 from common.wire import split_learning_pb2 as pb
 from common.wire.codec import BatchSpec
 from common.wire.pieces import Piece
 from common.wire.rpc import RPCS, SERVICE, VERSION, judged, reader, writer
-from dsl_server.inbox import EpochEnd, Exam, Inbox, Job
+from dsl_server.inbox import EpochEnd, Errand, Inbox, Job
 from dsl_server.record import Evaluation, Record
 from dsl_server.rounds import Member, Rounds
 
 Context = grpc.ServicerContext
 Pieces = Iterator[Piece[Any]]
 
+_TRAINED = ClosedError("this batch was trained on")
 # What each error of ours is called on the wire; the first that fits counts.
 STATUS: tuple[tuple[type[SplitLearningError], grpc.StatusCode], ...] = (
     (SequenceError, grpc.StatusCode.ABORTED),
@@ -77,22 +81,25 @@ class Service:
         self._rounds.wait_until_left(member)
 
     def StreamActivations(self, requests: Pieces, context: Context) -> pb.StreamActivationsResponse:
-        if self._method.answers:
-            raise RefusedError(f"{self._method.name} answers every batch; send them by Train")
+        if not self._method.one_way:
+            raise RefusedError(f"{self._method.name} answers batches; send them by Train")
         job = None
         for job in self._batches(requests):
             self._inbox.put(job)
-        assert job is not None, "a segment holds at least one batch"
-        job.answer.result()  # the lane keeps the order: those before it were trained on before
-        return pb.StreamActivationsResponse(applied=job.sequence)
+        return pb.StreamActivationsResponse(applied=_settled(job))
 
     def Train(self, requests: Pieces, context: Context) -> Iterator[Piece[pb.TrainResponse]]:
-        if not self._method.answers:
+        if self._method.one_way:
             raise RefusedError(f"{self._method.name} answers nothing; send by StreamActivations")
+        job = None
         for job in self._batches(requests):
             self._inbox.put(job)
-            trained = job.answer.result()
-            yield from codec.pack_gradient(job.sequence, trained.gradient, trained.loss)
+            if self._method.tail is Tail.LAST:
+                yield from _through_tail(job, requests)
+            if job.wanted:
+                trained = job.answer.result()
+                yield from codec.pack_gradient(pb.TrainResponse, job.sequence, trained.gradient, trained.loss)
+        _settled(job)
 
     def SyncWeights(self, requests: Pieces, context: Context) -> Iterator[Piece[pb.SyncWeightsResponse]]:
         specs = self._part_specs
@@ -101,10 +108,15 @@ class Service:
         answer = {}
         if head.purpose == pb.SYNC_PURPOSE_AVERAGE and self._run.sync == "average" and part:
             answer = self._rounds.average(member, head.epoch, part, head.samples)
+            if self._method.tail is Tail.ALL:  # the server sees no batch of these
+                self._record.trained(head.samples, None, {})
         elif head.purpose == pb.SYNC_PURPOSE_TAKE_TURN and self._run.sync == "relay":
             answer = self._rounds.take_turn(member, head.epoch)
         elif head.purpose == pb.SYNC_PURPOSE_END_TURN and self._run.sync == "relay" and part:
             self._rounds.end_turn(member, head.epoch, part)
+        elif head.purpose == pb.SYNC_PURPOSE_TAKE_HEAD and self._method.new_head and not part:
+            do = partial(Hosting.new_head, client=member.client)
+            answer = head_state(self._errand(member, "make a head", do).result())
         else:
             raise WireError(
                 f"purpose {head.purpose} with {len(part)} tensors: the run's sync is {self._run.sync}"
@@ -112,7 +124,7 @@ class Service:
         back = pb.Weights(epoch=head.epoch, purpose=head.purpose)
         yield from codec.pack_weights(pb.SyncWeightsResponse, back, answer)
 
-    def Evaluate(self, requests: Pieces, context: Context) -> pb.EvaluateResponse:
+    def Evaluate(self, requests: Pieces, context: Context) -> Iterator[Piece[pb.EvaluateResponse]]:
         opening = _opening(requests, "evaluation")
         member = self._rounds.member(opening.session)
         if opening.epoch >= self._run.epochs:
@@ -120,29 +132,30 @@ class Service:
                 f"an evaluation of epoch {opening.epoch}: the run has 0 to {self._run.epochs - 1}"
             )
         self._rounds.wait_until_received(member, opening.after_sequence)
-        samples, answers, head_score = 0, [], None
+        do: Callable[[Hosting], Any]
+        samples, scores, closing = 0, list[Future[Any]](), pb.ClientScore()
         for first in requests:
-            if first.head.WhichOneof("head") == "head_score":
-                head_score = first.head.head_score
+            if first.head.WhichOneof("head") == "client_score":
+                closing = first.head.client_score
                 break
-            exam = Exam(member.client, self._unpack(first, requests)[1])
-            samples += len(exam.smashed.y)
-            answers.append(exam.answer)
-            self._inbox.put(exam)
-        scores = [answer.result() for answer in answers]
-        if not samples:
-            raise WireError("an evaluation of no images")
-        if head_score and not (head_score.correct <= samples and math.isfinite(head_score.train_loss)):
-            raise WireError(f"{head_score.correct} of {samples} images right, loss {head_score.train_loss}")
-        correct, loss = sum(s.correct for s in scores), sum(s.loss for s in scores) / samples
-        mine = (None, None) if head_score is None else (head_score.correct, head_score.train_loss)
+            sequence, batch = self._unpack(first, requests)
+            if self._method.tail is Tail.LAST:
+                do = partial(Hosting.output, z=batch.z)
+                output = self._errand(member, "score a batch", do).result()
+                yield from codec.pack_output(pb.EvaluateResponse, sequence, output)
+            else:
+                do = partial(Hosting.score, z=batch.z, y=batch.y)
+                scores.append(self._errand(member, "score a batch", do))
+                samples += len(batch.z)
+        score = closing.score if closing.HasField("score") else _score(samples, scores)
+        evaluation = _evaluation(score, closing)
         try:
-            self._record.evaluated(member.client, opening.epoch, Evaluation(samples, correct, loss, *mine))
+            self._record.evaluated(member.client, opening.epoch, evaluation)
         except OSError as error:
             reason = ClosedError(f"the server cannot write its metrics: {error.strerror}")
             self._rounds.close(reason)
             raise reason from error
-        return pb.EvaluateResponse(samples=samples, correct=correct, loss=loss)
+        yield Piece(pb.EvaluateResponse(score=score))
 
     def Leave(self, request: pb.LeaveRequest, context: Context) -> pb.LeaveResponse:
         member = self._rounds.member(request.session)
@@ -175,18 +188,25 @@ class Service:
         for first in requests:
             sequence, smashed = self._unpack(first, requests)
             self._rounds.expect(member, sequence)
-            batches, samples = batches + 1, samples + len(smashed.y)
+            batches, samples = batches + 1, samples + len(smashed.z)
             last = batches == segment.batches
             over = samples != segment.samples if last else samples > segment.samples
             if over or batches > segment.batches:
                 raise _miscounted(member, segment, batches, samples)
             progress = progress_of(self._run, segment.epoch, batches - 1, segment.batches)
-            yield Job(member.client, sequence, smashed, progress)
+            every = self._method.answer_every
+            wanted = every > 0 and (batches - 1) % every == 0
+            yield Job(member.client, sequence, smashed, progress, wanted)
             if last:
                 self._inbox.put(EpochEnd(member.client))
             self._rounds.receive(member, sequence)  # it is in its lane: what comes now comes after it
         if batches < segment.batches:
             raise _miscounted(member, segment, batches, samples)
+
+    def _errand(self, member: Member, what: str, do: Callable[[Hosting], Any]) -> Future[Any]:
+        errand = Errand(member.client, what, do)
+        self._inbox.put(errand)
+        return errand.answer
 
     def _unpack(self, first: Piece[Any], rest: Pieces) -> tuple[int, Any]:
         # The time that the pieces take to come is the network's, not the decoder's.
@@ -256,6 +276,54 @@ def _opening(requests: Pieces, field: str) -> Any:
     if piece.head.WhichOneof("head") != field or piece.size:
         raise WireError(f"the stream must open with its {field}, alone")
     return getattr(piece.head, field)
+
+
+def _settled(job: Job | None) -> int:
+    """Waits until a segment's last batch has been trained on; its number."""
+    assert job is not None, "a segment holds at least one batch"
+    job.answer.result()  # the lane keeps the order: those before it were trained on before
+    return job.sequence
+
+
+def _through_tail(job: Job, requests: Pieces) -> Iterator[Piece[pb.TrainResponse]]:
+    """Gives the client the batch's output, and the trainer the gradient that comes for it."""
+    tail = job.through_tail
+    job.answer.add_done_callback(lambda answer: tail.fail(answer.exception() or _TRAINED))
+    try:
+        output = tail.output.result()
+        yield from codec.pack_output(pb.TrainResponse, job.sequence, output)
+        gradient, _ = codec.unpack_gradient(_first(requests), requests, job.sequence, tuple(output.shape))
+        if gradient is None:
+            raise WireError(f"batch {job.sequence} has an output without a gradient")
+        tail.gradient.set_result(gradient)
+    finally:
+        tail.fail(ClosedError(f"client {job.client} gave no gradient for batch {job.sequence}"))
+
+
+def _score(samples: int, scores: Sequence[Future[Any]]) -> pb.Score:
+    """Of batches that the server scored: each its count of those right, and its loss summed."""
+    counts = [score.result() for score in scores]
+    correct, loss = sum(right for right, _ in counts), sum(loss for _, loss in counts)
+    return pb.Score(samples=samples, correct=correct, loss=loss / max(1, samples))
+
+
+def _evaluation(score: pb.Score, closing: pb.ClientScore) -> Evaluation:
+    """Raises WireError where the numbers cannot be."""
+    if not score.samples:
+        raise WireError("an evaluation of no images")
+    finite = math.isfinite(closing.train_loss) and math.isfinite(score.loss)
+    if max(closing.head_correct, score.correct) > score.samples or not finite:
+        raise WireError(
+            f"{max(closing.head_correct, score.correct)} of {score.samples} images right, loss "
+            f"{score.loss}, training loss {closing.train_loss}"
+        )
+    return Evaluation(
+        score.samples,
+        score.correct,
+        score.loss,
+        closing.head_correct if closing.HasField("head_correct") else None,
+        closing.train_loss if closing.HasField("train_loss") else None,
+    )
 
 
 def _miscounted(member: Member, segment: pb.Segment, batches: int, samples: int) -> WireError:

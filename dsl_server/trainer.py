@@ -2,21 +2,24 @@
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 
-from common.errors import StepError
+from common.errors import ClosedError, SplitLearningError, StepError
 from common.meter import Clock
-from common.methods.base import Answer, Received, Smashed
+from common.methods.base import Answer, Received
 from common.methods.hosting import Hosting
-from dsl_server.inbox import Exam, Inbox, Job, RoundEnd, Score, Trained, Work, answered
+from dsl_server.inbox import Errand, Inbox, Job, RoundEnd, Trained, Work, answered
 
-OnTrained = Callable[[int, float, Mapping[str, float]], None]  # samples, mean loss, the method's facts
+# Samples, mean loss if the server knows one, and what the method noted.
+OnTrained = Callable[[int, float | None, Mapping[str, float]], None]
 
 
 class Trainer:
-    """Steps on groups and scores exams, one after the other, as the inbox gives them."""
+    """Steps on groups and does errands, one after the other, as the inbox gives them."""
 
     def __init__(self, hosting: Hosting, device: torch.device, clock: Clock) -> None:
         self._hosting, self._device, self._clock = hosting, device, clock
@@ -27,49 +30,72 @@ class Trainer:
         first = list(itertools.islice(items, 1))  # the wait for it is not the trainer's idleness
         for work in itertools.chain(first, self._clock.iterator("idle", items)):
             try:
-                if isinstance(work, RoundEnd):
-                    self._hosting.end_round()
-                elif isinstance(work, Exam):
-                    work.answer.set_result(self._score(work.smashed))
-                else:
-                    answer = self._step(work)
-                    samples = sum(len(job.smashed.y) for job in work)
-                    on_trained(samples, answer.loss.item(), answer.facts)
+                self._do(work, on_trained)
+            except ClosedError as gone:  # a client, while its batch was with it
+                _tell(work, gone)
             except Exception as error:
                 failure = _failure(work, error)
-                for waiting in answered(work):
-                    if not waiting.answer.done():  # it was answered, and then counting it failed
-                        waiting.answer.set_exception(failure)
+                _tell(work, failure)
                 raise failure from error
 
-    def _step(self, jobs: Sequence[Job]) -> Answer:
-        group = [
-            Received(*self._on_device(job.smashed), client=job.client, progress=job.progress) for job in jobs
-        ]
-        with self._clock("step"):
-            answer = self._hosting.step(group)
-            loss = answer.loss.item()
-        if not math.isfinite(loss):
-            raise StepError(f"the loss is {loss}; lower --lr")
-        gradients = answer.gradients or [None] * len(jobs)
-        for job, gradient in zip(jobs, gradients, strict=True):
-            job.answer.set_result(Trained(gradient, loss))
-        return answer
+    def _do(self, work: Work, on_trained: OnTrained) -> None:
+        if isinstance(work, Errand):
+            work.answer.set_result(work.do(self._hosting))
+        elif isinstance(work, RoundEnd):
+            with self._clock("step"):
+                answer = self._hosting.end_round()
+            if answer is not None:
+                on_trained(0, _loss(answer), answer.facts)
+        else:
+            with self._clock("step"):
+                answer = self._hosting.step([self._received(job) for job in work])
+                loss = _loss(answer)
+            gradients = answer.gradients or [None] * len(work)
+            for job, gradient in zip(work, gradients, strict=True):
+                job.answer.set_result(Trained(gradient, loss))
+            on_trained(sum(len(job.smashed.z) for job in work), loss, answer.facts)
 
-    def _score(self, smashed: Smashed) -> Score:
-        correct, loss = self._hosting.score(*self._on_device(smashed))
-        return Score(correct, loss)
+    def _received(self, job: Job) -> Received:
+        return Received(
+            self._on_device(job.smashed.z),
+            self._on_device(job.smashed.y),
+            client=job.client,
+            progress=job.progress,
+            wanted=job.wanted,
+            through_tail=partial(self._through_tail, job),
+        )
 
-    def _on_device(self, smashed: Smashed) -> tuple[torch.Tensor, torch.Tensor]:
-        z, y = (tensor.to(self._device, non_blocking=True) for tensor in (smashed.z, smashed.y))
-        return z, y
+    def _through_tail(self, job: Job, output: torch.Tensor) -> torch.Tensor:
+        start = time.perf_counter()
+        gradient = self._on_device(job.through_tail(output))
+        waited = time.perf_counter() - start
+        self._clock.add("idle", waited)  # while the client computes
+        self._clock.add("step", -waited)
+        return gradient
+
+    def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._device, non_blocking=True)
+
+
+def _loss(answer: Answer) -> float | None:
+    """Reads the loss, which on a GPU waits for the step. Raises StepError if it is not finite."""
+    loss = None if answer.loss is None else answer.loss.item()
+    if loss is not None and not math.isfinite(loss):
+        raise StepError(f"the loss is {loss}; lower --lr")
+    return loss
+
+
+def _tell(work: Work, error: SplitLearningError) -> None:
+    for waiting in answered(work):
+        if not waiting.answer.done():  # it was answered, and then counting it failed
+            waiting.answer.set_exception(error)
 
 
 def _failure(work: Work, error: Exception) -> StepError:
     text = str(error) if isinstance(error, StepError) else f"{type(error).__name__}: {error}"
     if isinstance(work, RoundEnd):
         return StepError(f"the server could not end a round: {text}")
-    if isinstance(work, Exam):
-        return StepError(f"the server could not score a batch of client {work.client}: {text}")
+    if isinstance(work, Errand):
+        return StepError(f"the server could not {work.what} of client {work.client}: {text}")
     batches = ", ".join(f"{job.sequence} of client {job.client}" for job in work)
     return StepError(f"the server's step on batch {batches} failed: {text}")

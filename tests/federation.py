@@ -17,7 +17,7 @@ from common.nets.cut import build
 from common.parts import client_part
 from common.run import Run
 from common.rundir import RunFolder
-from common.wire.codec import BatchSpec
+from common.wire.codec import BatchSpec, batch_spec
 from dsl_client.connection import Connection
 from dsl_client.trainer import Trainer
 from dsl_server.server import Server
@@ -59,7 +59,7 @@ class Batches:
 
 
 def spec_of(run: Run) -> BatchSpec:
-    return BatchSpec(build(run).cut_shape, run.batch_size, run.class_count)
+    return batch_spec(run, build_method(run), build(run))
 
 
 @contextlib.contextmanager

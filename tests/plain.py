@@ -15,9 +15,9 @@ from common.methods import build_method
 from common.methods.base import Answer, ClientPart, Received, ServerPart
 from common.methods.hosting import Hosting
 from common.nets.cut import CutNet
-from common.parts import average, client_part, load_state, server_part, state_of
+from common.parts import client_part, server_part
 from common.run import Run
-from dsl_lab.simulate import simulate, ticks
+from dsl_lab.simulate import federate
 from tests.federation import CPU, Batches, small_run
 
 M = TypeVar("M", bound=nn.Module)
@@ -93,15 +93,8 @@ def trained(run: Run, data: Sequence[Batches], norm: bool = False) -> Trained:
         return answers[-1]
 
     clients = [client_part(run, method, network(norm), CPU) for _ in data]
-    hosting = Hosting(run, replace(method, server_step=noted), server_part(run, network(norm), CPU))
-    for epoch in range(run.epochs):
-        simulate(run, method, clients, hosting, ticks(run, method, data, epoch))
-        hosting.end_round()
-        if run.sync == "average":
-            states = [state_of(part, momentum=False) for part in clients]
-            mean = average(states, [share.samples for share in data])
-            for part in clients:
-                load_state(part, mean)
+    hosting = Hosting(run, replace(method, server_step=noted), server_part(run, method, network(norm), CPU))
+    federate(run, method, clients, hosting, data)
     return Trained(clients, [part.top for part in hosting.parts], answers)
 
 

@@ -87,8 +87,8 @@ def test_a_wrong_setting_is_refused_with_what_is_right(method: str, setting: str
 
 
 def test_settings_reach_the_method() -> None:
-    assert build_method(small_run(method="cse-fsl")).every == 5
-    assert build_method(small_run(method="cse-fsl", method_arg=("h=3",))).every == 3
+    assert build_method(small_run(method="cse-fsl")).send_every == 5
+    assert build_method(small_run(method="cse-fsl", method_arg=("h=3",))).send_every == 3
     every = ("alpha=0.5", "phi=1", "splitavg=position", "phase=last", "fraction=0.4")
     build_method(small_run(method="sglr", method_arg=every))
 

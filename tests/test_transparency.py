@@ -1,7 +1,8 @@
 """What crosses a real wire must train as if there were none: bit for bit."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,13 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.methods import METHODS, build_method
-from common.methods.base import ClientPart, Part, ServerPart
+from common.methods.base import ClientPart, Method, Part, ServerPart
 from common.methods.hosting import Hosting
 from common.nets.cut import build
 from common.optim import learning_rate, sgd
-from common.parts import average, client_part, load_state, server_part, state_of
+from common.parts import client_part, server_part, state_of
 from common.run import Run
-from dsl_lab.simulate import simulate, ticks
+from dsl_lab.simulate import federate
 from tests.federation import CPU, Batches, federation, small_run
 
 
@@ -30,7 +31,7 @@ def _one_thread() -> Iterator[None]:
 def fresh(run: Run) -> tuple[list[ClientPart], ServerPart]:
     method = build_method(run)
     clients = [client_part(run, method, build(run), CPU) for _ in range(run.clients)]
-    return clients, server_part(run, build(run), CPU)
+    return clients, server_part(run, method, build(run), CPU)
 
 
 def assert_equal(ours: Part, theirs: Part) -> None:
@@ -38,44 +39,56 @@ def assert_equal(ours: Part, theirs: Part) -> None:
         assert torch.equal(tensor, state_of(theirs)[name]), name
 
 
+# Beside every method as it is.
+SETTINGS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("dsl", {"method_arg": ("lambda_=0.5", "q=3")}),
+    ("dsl", {"client_modules": 2, "server_modules": 3}),
+    ("cse-fsl", {"method_arg": ("h=2",), "client_modules": 2, "server_modules": 2}),
+    ("fsl-sage", {"method_arg": ("q=2", "l=2")}),
+    ("ampere", {"method_arg": ("server_epochs=3", "server_batch=16")}),
+    ("ushape", {"method_arg": ("learning=dsl",)}),
+    ("gapsl", {"method_arg": ("gda=exact",)}),
+    ("sglr", {"method_arg": ("phi=1", "phase=first")}),
+    ("cyclesl", {"method_arg": ("server_epochs=2", "server_batch=5")}),
+)
+
+
 def runs() -> Iterator[Run]:
     """Every method with every sync that it works with, alone and with three clients."""
-    for name in METHODS:
+    for name, settings in [*((name, {}) for name in METHODS), *SETTINGS]:
         needed = build_method(small_run(method=name)).sync
         for sync in [needed] if needed else ["none", "average", "relay"]:
             for clients in (1, 3):
-                yield small_run(method=name, clients=clients, sync=sync, fixed_order=True, epochs=3)
+                alike = {"fixed_order": True, "epochs": 3}
+                yield small_run(method=name, clients=clients, sync=sync, **alike, **settings)
 
 
-@pytest.mark.parametrize("run", runs(), ids=lambda run: f"{run.method}-{run.sync}-{run.clients}")
+def name_of(run: Run) -> str:
+    modules = f"{run.client_modules}x{run.server_modules}" if run.server_modules > 1 else ""
+    return "-".join(filter(None, [run.method, run.sync, str(run.clients), *run.method_arg, modules]))
+
+
+def trained_on(run: Run, method: Method, data: Sequence[Batches]) -> int:
+    """Samples that the server learns from: in an epoch of those sent, or in all of the averages' parts."""
+    if method.afterwards:
+        return sum(share.samples for share in data)
+    every = method.send_every or 1
+    return run.epochs * sum(share.size(i) for share in data for i in range(0, len(share), every))
+
+
+@pytest.mark.parametrize("run", runs(), ids=name_of)
 def test_the_wire_changes_nothing(run: Run, tmp_path: Path) -> None:
-    clients, sync = run.clients, run.sync
-    samples = [60, 41, 17][:clients]  # unequal, with short last batches: 21 steps and more
+    samples = [60, 41, 17][: run.clients]  # unequal, with short last batches: 21 steps and more
     data = [Batches(run, seed=client, samples=n) for client, n in enumerate(samples)]
     server, parts, _ = federation(run, tmp_path, data)
 
     method, (near, near_server) = build_method(run), fresh(run)
-    hosting = Hosting(run, method, near_server)
-    for epoch in range(run.epochs):
-        if sync == "relay":
-            for client in range(clients):
-                load_state(near[client], state_of(near[client - 1]) if clients > 1 else {})
-                for tick in ticks(run, method, data, epoch):
-                    mine = [turn for turn in tick if turn.client == client]
-                    simulate(run, method, near, hosting, [mine] if mine else [])
-        else:
-            simulate(run, method, near, hosting, ticks(run, method, data, epoch))
-            hosting.end_round()
-        if sync == "average":
-            mean = average([state_of(part, momentum=False) for part in near], samples)
-            for part in near:
-                load_state(part, mean)
+    federate(run, method, near, Hosting(run, method, near_server), data)
 
     assert_equal(server.part, near_server)
     for far, part in zip(parts, near, strict=True):
         assert_equal(far, part)
-    sent = [sum(share.size(i) for i in range(0, len(share), method.every)) for share in data]
-    assert server.record.samples_trained == run.epochs * sum(sent)
+    assert server.record.samples_trained == trained_on(run, method, data)
 
 
 def test_csl_with_one_client_is_backpropagation_of_the_whole_network(tmp_path: Path) -> None:

@@ -7,15 +7,19 @@ from dataclasses import replace
 from typing import Any, get_args, get_type_hints
 
 from common.errors import ConfigError
+from common.methods.ampere import ampere
 from common.methods.base import Method
 from common.methods.cse_fsl import cse_fsl
 from common.methods.csl import csl
 from common.methods.cyclesl import cyclesl
 from common.methods.dsl import dsl
+from common.methods.fedavg import fedavg
+from common.methods.fsl_sage import fsl_sage
 from common.methods.gapsl import gapsl
 from common.methods.psl import psl
 from common.methods.sglr import sglr
 from common.methods.splitfed import splitfed_v1, splitfed_v2, splitfed_v3
+from common.methods.ushape import ushape
 from common.run import Run
 
 METHODS: Mapping[str, Callable[..., Method]] = {
@@ -29,6 +33,10 @@ METHODS: Mapping[str, Callable[..., Method]] = {
     "gapsl": gapsl,
     "cyclesl": cyclesl,
     "cse-fsl": cse_fsl,
+    "fsl-sage": fsl_sage,
+    "ampere": ampere,
+    "ushape": ushape,
+    "fedavg": fedavg,
 }
 
 
@@ -42,7 +50,15 @@ def build_method(run: Run) -> Method:
 
 def settled(run: Run) -> Run:
     """The run with `sync` as the method has it. Raises ConfigError where the run says otherwise."""
-    needed = build_method(run).sync
+    method = build_method(run)
+    if max(run.client_modules, run.server_modules) > 1 and not method.modular:
+        raise ConfigError(
+            f"--client-modules {run.client_modules}, --server-modules {run.server_modules}: {run.method} "
+            "learns across each end as a whole; leave the flags out, or choose dsl or cse-fsl"
+        )
+    if run.head == "infopro" and run.server_modules > 1:
+        raise ConfigError("--head infopro needs the images, which the server has not: --server-modules 1")
+    needed = method.sync
     if run.sync == "auto":
         return replace(run, sync=needed or "none")
     if needed and run.sync != needed:

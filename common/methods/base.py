@@ -1,7 +1,7 @@
 """What a method is: a pair of rules, one for each end of the wire.
 
 The client's rule is a generator, and `yield` is the wire: it yields what it sends and is sent back
-the cut gradient, or None. Nothing here, nor in any method, knows of sockets, threads or files.
+what the server answers, or None. Nothing here, nor in any method, knows of sockets, threads or files.
 
 Dimension key: B batch, C channels, H and W height and width at the cut.
 """
@@ -10,6 +10,7 @@ import enum
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Generator as Steps
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
@@ -19,57 +20,105 @@ from common.run import Sync
 
 @dataclass(frozen=True)
 class Smashed:
-    """What crosses the cut: activations z (B, C, H, W), detached, and their labels y (B,) int64."""
+    """What crosses the cut: activations z (B, C, H, W), detached, and their labels y (B,) int64.
+
+    y is empty, (0,), where labels stay with the client.
+    """
 
     z: Tensor
     y: Tensor
 
 
+def _no_tail(_: Tensor) -> Tensor:
+    raise AssertionError("this method's client has no last layers")
+
+
 @dataclass(frozen=True)
 class Received(Smashed):
-    """A batch at the server: whose it is, and the fraction of the run that lies before it."""
+    """A batch at the server: whose it is, and the fraction of the run that lies before it.
+
+    wanted: the client waits for dL/dz. through_tail: gives the client what the server's layers made
+    of the batch, u (B, ...) detached, and waits for dL/du: for methods whose client has the last layers.
+    """
 
     client: int
     progress: float
+    wanted: bool = True
+    through_tail: Callable[[Tensor], Tensor] = _no_tail
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server step made: its mean loss (), and dL/dz (B, C, H, W) for each batch of the group.
+    """What a server step made: its mean loss () if it knows one, and dL/dz (B, C, H, W) of each batch.
 
     A gradient of None tells a client that its batch had no part in the step. `facts`: what the method
     would have noted, as numbers.
     """
 
-    loss: Tensor
+    loss: Tensor | None
     gradients: Sequence[Tensor | None] = ()
     facts: Mapping[str, float] = field(default_factory=dict)
 
 
+class Stage(NamedTuple):
+    """Layers that learn from a loss of their own, through a head."""
+
+    layers: nn.Module
+    head: nn.Module
+
+
 @dataclass(frozen=True)
 class ClientPart:
-    """The client's end of the network: the layers up to the cut, and its head if it learns alone."""
+    """The client's end of the network: the layers up to the cut, and its head if it learns alone.
+
+    tail: the network's last layers, where the client has them. inner: where the bottom is cut again,
+    its slices and their heads but for the last slice, which is `outermost` and has `head`.
+    """
 
     bottom: nn.Module
     head: nn.Module | None
     optimizer: Optimizer
+    tail: nn.Module | None = None
+    inner: Sequence[Stage] = ()
+    last: nn.Module | None = None
+
+    @property
+    def outermost(self) -> nn.Module:
+        """The layers before the cut that learn from `head`: the whole bottom, unless it is cut again."""
+        return self.bottom if self.last is None else self.last
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        return {"bottom": self.bottom} | ({"head": self.head} if self.head is not None else {})
+        named = {"bottom": self.bottom, "head": self.head, "tail": self.tail, **_heads(self.inner)}
+        return {name: module for name, module in named.items() if module is not None}
 
 
 @dataclass(frozen=True)
 class ServerPart:
-    """The server's end of the network: the layers after the cut; and its own source of chance."""
+    """The server's end of the network: the layers after the cut; and its own source of chance.
+
+    inner, last: as a client's. head: a client's first head, for methods that make heads at the server.
+    """
 
     top: nn.Module
     optimizer: Optimizer
     generator: Generator
+    inner: Sequence[Stage] = ()
+    last: nn.Module | None = None
+    head: nn.Module | None = None
+
+    @property
+    def outermost(self) -> nn.Module:
+        """The layers that give the logits: the whole top, unless it is cut again."""
+        return self.top if self.last is None else self.last
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        return {"top": self.top}
+        return {"top": self.top, **_heads(self.inner)}
+
+
+def _heads(inner: Sequence[Stage]) -> dict[str, nn.Module]:
+    return {f"heads.{index}": stage.head for index, stage in enumerate(inner)}
 
 
 Part = ClientPart | ServerPart
@@ -82,9 +131,21 @@ class Gather(enum.Enum):
     ALL = "all"  # one from every client, together
 
 
-Step = Steps[Smashed, Tensor | None, Tensor | None]
-ClientStep = Callable[[ClientPart, Tensor, Tensor], Step]
+class Tail(enum.Enum):
+    """What the client has of the layers after the cut. Where it has any, labels stay with it."""
+
+    NONE = "none"
+    LAST = "last"  # the classifier: a U-shaped network
+    ALL = "all"  # the whole network is at the client
+
+
+Sent = Smashed | Tensor  # a batch; or, for a batch's output that came back, dL/du
+Step = Steps[Sent, Tensor | None, Tensor | None]
+ClientStep = Callable[[ClientPart, Tensor, Tensor], Step]  # of images x (B, C, H, W), labels y (B,)
 ServerStep = Callable[[ServerPart, Sequence[Received]], Answer]
+Pace = Callable[[float], None]  # sets the learning rate to that of a fraction of a training
+RoundStep = Callable[[ServerPart, Pace], Answer]
+NewHead = Callable[[ServerPart, int], nn.Module]  # of a client, by its index
 
 
 @dataclass(frozen=True)
@@ -95,21 +156,32 @@ class Method:
     client_step: ClientStep  # returns the client's own mean loss (), if it has one
     server_step: ServerStep
     local_loss: bool  # the client has a head of its own
-    answers: bool  # a cut gradient travels back for every batch
+    send_every: int = 1  # batches from one that is sent to the next; 0: none is
+    answer_every: int = 0  # of those sent, from one that is answered with dL/dz to the next; 0: none is
+    may_skip: bool = False  # an answer may have no gradient
     gather: Gather = Gather.EACH
     copies: bool = False  # a server part for each client, averaged at each epoch's end
-    may_skip: bool = False  # an answer may have no gradient
-    every: int = 1  # batches from one that is sent to the next
     sync: Sync | None = None  # what becomes of the clients' parts, where the method says it
+    tail: Tail = Tail.NONE
+    modular: bool = False  # each end may be cut again, into modules that learn from heads of their own
+    afterwards: ClientStep | None = None  # over each batch once more, and sent, when all epochs are over
+    round_step: RoundStep | None = None  # of the server, when every client's batches have come
+    new_head: NewHead | None = None  # made at the server for each client, every head_every epochs
+    head_every: int = 0
+
+    @property
+    def one_way(self) -> bool:
+        """Whether nothing that a client sends in training is answered."""
+        return self.answer_every == 0 and self.tail is not Tail.LAST
 
 
-def run_step(step: Step, wire: Callable[[Smashed], Tensor | None]) -> Tensor | None:
+def run_step(step: Step, wire: Callable[[Sent], Tensor | None]) -> Tensor | None:
     """Runs a client step to its end over the wire; returns its local loss, if it has one."""
     answer = None
     while True:
         try:
-            smashed = step.send(answer)
+            sent = step.send(answer)
         except StopIteration as done:
             loss: Tensor | None = done.value
             return loss
-        answer = wire(smashed)  # outside the try: a closed wire must not look like a finished step
+        answer = wire(sent)  # outside the try: a closed wire must not look like a finished step

@@ -16,5 +16,5 @@ def cse_fsl(h: int = 5) -> Method:
     if h < 1:
         raise ConfigError(f"cse-fsl: h {h} is below 1")
     return Method(
-        "cse-fsl", client_step, server_step, local_loss=True, answers=False, every=h, sync="average"
+        "cse-fsl", client_step, server_step, local_loss=True, send_every=h, sync="average", modular=True
     )

@@ -15,7 +15,7 @@ from common.methods.base import Answer, ClientPart, Method, Received, ServerPart
 
 
 def csl() -> Method:
-    return Method("csl", client_step, server_step, local_loss=False, answers=True)
+    return Method("csl", client_step, server_step, local_loss=False, answer_every=1)
 
 
 def client_step(part: ClientPart, x: Tensor, y: Tensor) -> Step:

@@ -30,7 +30,7 @@ def cyclesl(server_epochs: int = 1, server_batch: int = 0) -> Method:
             f"cyclesl: server_epochs {server_epochs} is below 1, or server_batch {server_batch} below 0"
         )
     rule = partial(_server_step, server_epochs, server_batch)
-    return Method("cyclesl", client_step, rule, local_loss=False, answers=True, gather=Gather.ALL)
+    return Method("cyclesl", client_step, rule, local_loss=False, answer_every=1, gather=Gather.ALL)
 
 
 def _server_step(epochs: int, size: int, part: ServerPart, group: Sequence[Received]) -> Answer:

@@ -5,38 +5,73 @@ A. Zihad, F. Owino, H. Yang, M. Tang and C. Huang, "Decoupled Split Learning via
 
 What is sent is z before the client's update. With parts averaged (`--sync average`) this is the
 local-loss split learning of Han et al. 2021.
+
+lambda_ > 0 (the paper's discussion): the client's loss is L_aux + lambda_ * L on every q-th batch, for
+which the server's dL/dz comes back; on the others still nothing does.
+
+`--client-modules J`, `--server-modules K` cut each end again into modules that learn from heads of their
+own, one after the other, so that only one's activations are held at a time. With 4, 3, 2 modules in all
+at s, m, d this is what the authors' code trains, and what its memory figure is of (decoupled greedy
+learning, Belilovsky et al. 2020, https://arxiv.org/abs/1901.08164).
 """
 
+import math
 from collections.abc import Sequence
+from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.errors import ConfigError
 from common.methods.base import Answer, ClientPart, Method, Received, ServerPart, Smashed, Step
 from common.nets.heads import local_loss
 
 
-def dsl() -> Method:
-    return Method("dsl", client_step, server_step, local_loss=True, answers=False)
+def dsl(lambda_: float = 0.0, q: int = 1) -> Method:
+    """lambda_: weight of the server's loss in the client's. q: batches from one with it to the next."""
+    if not 0 <= lambda_ < math.inf or q < 1:
+        raise ConfigError(f"dsl: lambda_ {lambda_} must be 0 or more, and q {q} at least 1")
+    return Method(
+        "dsl",
+        partial(client_step, lambda_=lambda_),
+        server_step,
+        local_loss=True,
+        answer_every=q if lambda_ else 0,
+        modular=True,
+    )
 
 
-def client_step(part: ClientPart, x: Tensor, y: Tensor) -> Step:
+def client_step(part: ClientPart, x: Tensor, y: Tensor, lambda_: float = 0.0) -> Step:
     assert part.head is not None, "DSL's client learns from its head"
-    z = part.bottom(x)  # (B, C, H, W)
-    yield Smashed(z.detach(), y)  # the wire: nothing comes back
+    part.optimizer.zero_grad()
+    h = x
+    for layers, head in part.inner:
+        out = layers(h)
+        local_loss(head, out, x, y).backward()
+        h = out.detach()
+    z = part.outermost(h)  # (B, C, H, W)
+    gradient = yield Smashed(z.detach(), y)  # the wire: nothing comes back, unless lambda_ > 0
 
     loss = local_loss(part.head, z, x, y)
-    part.optimizer.zero_grad()
-    loss.backward()
+    if gradient is None:
+        loss.backward()
+    else:
+        torch.autograd.backward([loss, z], [None, lambda_ * gradient])
     part.optimizer.step()
     return loss.detach()
 
 
 def server_step(part: ServerPart, group: Sequence[Received]) -> Answer:
     (batch,) = group
-    loss = F.cross_entropy(part.top(batch.z), batch.y)  # z is a leaf that wants no gradient
-
+    z = batch.z.requires_grad_(batch.wanted)
     part.optimizer.zero_grad()
+    h = z
+    for layers, head in part.inner:
+        out = layers(h)
+        F.cross_entropy(head(out), batch.y).backward()
+        h = out.detach()
+    loss = F.cross_entropy(part.outermost(h), batch.y)
     loss.backward()
     part.optimizer.step()
-    return Answer(loss.detach())
+    return Answer(loss.detach(), [z.grad] if batch.wanted else ())

@@ -46,7 +46,7 @@ def gapsl(
         client_step,
         server.step,
         local_loss=False,
-        answers=True,
+        answer_every=1,
         may_skip=True,
         gather=Gather.ALL,
         sync="none",

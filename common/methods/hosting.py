@@ -26,33 +26,55 @@ class Hosting:
         if method.copies:
             self.parts += [_copy(run, part) for _ in range(run.clients - 1)]
         self._samples = [0] * len(self.parts)  # of this round, by copy
+        self._device = next(part.top.parameters(), torch.empty(0)).device
 
     def step(self, group: Sequence[Received]) -> Answer:
         """One step of the method's rule on the group, at the learning rate of its progress."""
         index = group[0].client if self._method.copies else 0
         part = self.parts[index]
         progress = sum(batch.progress for batch in group) / len(group)
-        set_learning_rate(part.optimizer, learning_rate(self._run, progress))
-        self._samples[index] += sum(len(batch.y) for batch in group)
+        self._pace(part, progress)
+        self._samples[index] += sum(len(batch.z) for batch in group)
         return self._method.server_step(part, group)
 
-    def end_round(self) -> None:
-        """Averages the copies, weighted by the samples of the round; their momentum stays."""
-        if self._method.copies:
+    def end_round(self) -> Answer | None:
+        """What the method does when every client's batches have come.
+
+        Averages copies, weighted by the samples of the round; their momentum stays. A copy that was not
+        trained, its client being lost, has no weight; if none was, nothing changes.
+        """
+        if self._method.copies and any(self._samples):
             mean = average([state_of(part, momentum=False) for part in self.parts], self._samples)
-            for part in self.parts:
-                load_state(part, mean)
+            for copied in self.parts:
+                load_state(copied, mean)
             self._samples = [0] * len(self.parts)
+        if self._method.round_step is None:
+            return None
+        (part,) = self.parts
+        return self._method.round_step(part, lambda progress: self._pace(part, progress))
 
     def score(self, z: Tensor, y: Tensor) -> tuple[int, float]:
         """How many of the batch are classified right, and the loss summed over it."""
+        logits = self.output(z)
+        y = y.to(self._device)
+        loss = F.cross_entropy(logits, y, reduction="sum")
+        return int((logits.argmax(1) == y).sum()), loss.item()
+
+    def output(self, z: Tensor) -> Tensor:
+        """What the server's layers make of the batch, in evaluation mode."""
         top: nn.Module = self.parts[0].top.eval()
         with torch.no_grad():
-            logits = top(z)
-            loss = F.cross_entropy(logits, y, reduction="sum")
-            correct = (logits.argmax(1) == y).sum()
+            out: Tensor = top(z.to(self._device))
         top.train()
-        return int(correct), loss.item()
+        return out
+
+    def new_head(self, client: int) -> nn.Module:
+        """The head that the method makes for this client."""
+        assert self._method.new_head is not None, "the method makes heads"
+        return self._method.new_head(self.parts[0], client)
+
+    def _pace(self, part: ServerPart, progress: float) -> None:
+        set_learning_rate(part.optimizer, learning_rate(self._run, progress))
 
 
 def _copy(run: Run, part: ServerPart) -> ServerPart:

@@ -20,7 +20,7 @@ from common.methods.csl import client_step
 
 def psl() -> Method:
     return Method(
-        "psl", client_step, server_step, local_loss=False, answers=True, gather=Gather.ALL, sync="none"
+        "psl", client_step, server_step, local_loss=False, answer_every=1, gather=Gather.ALL, sync="none"
     )
 
 

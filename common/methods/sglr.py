@@ -41,7 +41,7 @@ def sglr(
     if not (0 <= phi <= 1 and 0 <= fraction <= 1):
         raise ConfigError(f"sglr: phi {phi} and fraction {fraction} must be from 0 to 1")
     rule = partial(_server_step, alpha, phi, splitavg, phase, fraction)
-    return Method("sglr", client_step, rule, local_loss=False, answers=True, gather=Gather.ALL, sync="none")
+    return Method("sglr", client_step, rule, local_loss=False, answer_every=1, gather=Gather.ALL, sync="none")
 
 
 def _server_step(

@@ -32,7 +32,7 @@ def splitfed_v2() -> Method:
         client_step,
         server_step_v2,
         local_loss=False,
-        answers=True,
+        answer_every=1,
         gather=Gather.ALL,
         sync="average",
     )
@@ -46,9 +46,9 @@ def server_step_v2(part: ServerPart, group: Sequence[Received]) -> Answer:
     order = torch.randperm(len(group), generator=part.generator).tolist()
     answers = {index: server_step(part, [group[index]]) for index in order}
     gradients = [answers[index].gradients[0] for index in range(len(group))]
-    losses = torch.stack([answer.loss for answer in answers.values()])
-    return Answer(losses.mean(), gradients)
+    losses = [answer.loss for answer in answers.values() if answer.loss is not None]
+    return Answer(torch.stack(losses).mean(), gradients)
 
 
 def _splitfed(name: str, copies: bool, sync: Sync) -> Method:
-    return Method(name, client_step, server_step, local_loss=False, answers=True, copies=copies, sync=sync)
+    return Method(name, client_step, server_step, local_loss=False, answer_every=1, copies=copies, sync=sync)

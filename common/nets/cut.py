@@ -6,7 +6,9 @@ fit, all clients begin alike, and no first weights have to travel.
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -25,12 +27,17 @@ SPLITS = {"s": 12 / 54, "m": 17 / 54, "d": 26 / 54}
 
 @dataclass(frozen=True)
 class CutNet:
-    """The two parts, the client's head, and the shape of one sample's activations (C, H, W)."""
+    """The two parts, the client's head, and the shape of one sample's activations (C, H, W).
+
+    bottom_heads, top_heads: of every slice but the last, where a part is cut again.
+    """
 
     bottom: nn.Sequential
     top: nn.Sequential
     head: nn.Module
     cut_shape: Shape
+    bottom_heads: Sequence[nn.Module] = ()
+    top_heads: Sequence[nn.Module] = ()
 
 
 def build(run: Run) -> CutNet:
@@ -43,10 +50,27 @@ def build(run: Run) -> CutNet:
     generator = torch.Generator().manual_seed(run.seed)  # our own: other threads draw from the global one
     net = initialise(resnet(depth, run.class_count, run.image_shape[0]), generator)
     bottom, top = net[: 1 + blocks], net[1 + blocks :]
-    shape = _cut_shape(bottom, run.image_shape)
+    shape = shape_after(bottom, run.image_shape)
     cut = Cut(shape, run.image_shape, run.class_count, top)
     head = initialise(build_head(run.head, cut), generator)
-    return CutNet(bottom, top, head, shape)
+    bottom_heads = _heads_between(run, "client_modules", bottom, top, run.image_shape, generator)
+    top_heads = _heads_between(run, "server_modules", top, None, shape, generator)
+    return CutNet(bottom, top, head, shape, bottom_heads, top_heads)
+
+
+def slices(layers: nn.Sequential, count: int) -> list[nn.Sequential]:
+    """So many slices of equal length, the last one perhaps shorter; they share the layers' weights."""
+    size = math.ceil(len(layers) / count)
+    return [layers[start : start + size] for start in range(0, len(layers), size)]
+
+
+def shape_after(layers: nn.Module, shape: Shape) -> Shape:
+    """What the layers make of one sample of this shape."""
+    layers.eval()  # a pass in train mode would move the BatchNorm statistics
+    with torch.no_grad():
+        _, channels, height, width = layers(torch.zeros(1, *shape)).shape
+    layers.train()
+    return channels, height, width
 
 
 def initialise(net: M, generator: torch.Generator) -> M:
@@ -84,9 +108,24 @@ def blocks_at_client(model: str, split: str) -> int:
     return int(split)
 
 
-def _cut_shape(bottom: nn.Module, image: Shape) -> Shape:
-    bottom.eval()  # a pass in train mode would move the BatchNorm statistics
-    with torch.no_grad():
-        _, channels, height, width = bottom(torch.zeros(1, *image)).shape
-    bottom.train()
-    return channels, height, width
+def _heads_between(
+    run: Run,
+    setting: str,
+    layers: nn.Sequential,
+    following: nn.Sequential | None,
+    shape: Shape,
+    generator: torch.Generator,
+) -> list[nn.Module]:
+    """A head for each slice of the layers but the last. Raises ConfigError if there are too few layers."""
+    count: int = getattr(run, setting)
+    parts = slices(layers, count)
+    if len(parts) != count:
+        flag = f"--{setting.replace('_', '-')}"
+        raise ConfigError(f"{flag} {count}: {len(layers)} layers do not make so many; choose fewer")
+    heads = []
+    for index, part in enumerate(parts[:-1]):
+        shape = shape_after(part, shape)
+        rest = [*chain.from_iterable(parts[index + 1 :]), *(following or ())]
+        cut = Cut(shape, run.image_shape, run.class_count, nn.Sequential(*rest))
+        heads.append(initialise(build_head(run.head, cut), generator))
+    return heads

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from common.errors import WireError
-from common.methods.base import Smashed
+from common.methods.base import Method, Smashed, Tail
+from common.nets.cut import CutNet, shape_after
 from common.parts import Spec, State
+from common.run import Run
 from common.wire import split_learning_pb2 as pb
 from common.wire.pieces import PIECE_BYTES, Head, Piece
 
@@ -26,6 +28,7 @@ _CODES: Mapping[torch.dtype, pb.Dtype] = {
     torch.uint16: pb.DTYPE_UINT16,
 }
 _TYPES = {code: dtype for dtype, code in _CODES.items()}
+_NOTHING: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -35,15 +38,28 @@ class BatchSpec:
     cut_shape: tuple[int, ...]
     batch_size: int
     classes: int
+    labels: bool = True  # they travel
+    output_shape: tuple[int, ...] = ()  # of one sample's output u, for a client that has the last layers
 
     @property
     def label_dtype(self) -> torch.dtype:
         return torch.uint8 if self.classes <= 256 else torch.uint16
 
 
+def batch_spec(run: Run, method: Method, net: CutNet) -> BatchSpec:
+    """What both ends know of the run's batches."""
+    output = shape_after(net.top[:-1], net.cut_shape) if method.tail is Tail.LAST else ()
+    return BatchSpec(
+        net.cut_shape, run.batch_size, run.class_count, labels=method.tail is Tail.NONE, output_shape=output
+    )
+
+
 def pack_batch(kind: type[Head], sequence: int, batch: Smashed, spec: BatchSpec) -> Iterator[Piece[Head]]:
     """The pieces of one batch, for the RPC whose request is `kind`."""
-    z, y = _on_host(batch.z), _on_host(batch.y).to(spec.label_dtype)
+    z = _on_host(batch.z)
+    if not spec.labels:
+        return _cut(kind, {"batch": pb.Batch(sequence=sequence, activations=_describe(z))}, [z])
+    y = _on_host(batch.y).to(spec.label_dtype)
     head = pb.Batch(sequence=sequence, activations=_describe(z), labels=_describe(y))
     return _cut(kind, {"batch": head}, [z, y])
 
@@ -53,38 +69,67 @@ def unpack_batch(first: Piece[Any], rest: Iterator[Piece[Any]], spec: BatchSpec)
     head: pb.Batch = _head(first, "batch")
     samples = _samples(head.activations, spec)
     _expect("activations", head.activations, (torch.float32, (samples, *spec.cut_shape)))
-    _expect("labels", head.labels, (spec.label_dtype, (samples,)))
-    specs = [_declared(head.activations), _declared(head.labels)]
-    z, y = _assemble(first, rest, specs)
+    specs = [_declared(head.activations)]
+    if spec.labels:
+        _expect("labels", head.labels, (spec.label_dtype, (samples,)))
+        specs.append(_declared(head.labels))
+    elif head.HasField("labels"):
+        raise WireError(f"batch {head.sequence} has labels; in this run they stay with the client")
+    z, *labels = _assemble(first, rest, specs)
     _check_finite(f"activations of batch {head.sequence}", z)
-    y = y.long()
-    if int(y.max()) >= spec.classes:
+    y = labels[0].long() if labels else torch.empty(0, dtype=torch.int64)
+    if labels and int(y.max()) >= spec.classes:
         raise WireError(f"label {int(y.max())} in batch {head.sequence}: the run has {spec.classes} classes")
     return head.sequence, Smashed(z, y)
 
 
-def pack_gradient(sequence: int, gradient: Tensor | None, loss: float) -> Iterator[Piece[pb.TrainResponse]]:
-    """An answer; of no gradient for a batch that had no part in the step."""
+def pack_gradient(
+    kind: type[Head], sequence: int, gradient: Tensor | None, loss: float | None = None
+) -> Iterator[Piece[Head]]:
+    """A gradient; none, as an answer to a batch that had no part in the step."""
+    head = pb.Gradient(sequence=sequence, loss=loss or 0)
     if gradient is None:
-        return iter([Piece(pb.TrainResponse(gradient=pb.Gradient(sequence=sequence, loss=loss)))])
+        return _cut(kind, {"gradient": head}, [])
     g = _on_host(gradient)
-    head = pb.Gradient(sequence=sequence, gradient=_describe(g), loss=loss)
-    return _cut(pb.TrainResponse, {"gradient": head}, [g])
+    head.gradient.CopyFrom(_describe(g))
+    up = kind is pb.TrainRequest
+    return _cut(kind, {"gradient": head}, [g], {"of_gradient": True} if up else {})
 
 
 def unpack_gradient(
     first: Piece[Any], rest: Iterator[Piece[Any]], sequence: int, shape: tuple[int, ...]
 ) -> tuple[Tensor | None, float]:
-    """dL/dz for the batch of this number and shape, or None, and the server's loss. Raises WireError."""
+    """A gradient of this shape, or None, of the batch of this number, and the sender's loss.
+
+    Raises WireError.
+    """
     head: pb.Gradient = _head(first, "gradient")
-    if head.sequence != sequence:
-        raise WireError(f"the server answered batch {head.sequence}; batch {sequence} was due")
+    _due("gradient", head.sequence, sequence)
     if not head.HasField("gradient") and not first.size:
         return None, head.loss
     _expect("gradient", head.gradient, (torch.float32, shape))
     (gradient,) = _assemble(first, rest, [(torch.float32, shape)])
     _check_finite(f"the gradient of batch {sequence}", gradient)
     return gradient, head.loss
+
+
+def pack_output(kind: type[Head], sequence: int, output: Tensor) -> Iterator[Piece[Head]]:
+    """What the server's layers made of a batch, for a client that has the last ones."""
+    u = _on_host(output)
+    head = pb.Output(sequence=sequence, output=_describe(u))
+    return _cut(kind, {"output": head}, [u], {"of_output": True} if kind is pb.TrainResponse else {})
+
+
+def unpack_output(
+    first: Piece[Any], rest: Iterator[Piece[Any]], sequence: int, shape: tuple[int, ...]
+) -> Tensor:
+    """The output of this shape for the batch of this number. Raises WireError."""
+    head: pb.Output = _head(first, "output")
+    _due("output", head.sequence, sequence)
+    _expect("output", head.output, (torch.float32, shape))
+    (output,) = _assemble(first, rest, [(torch.float32, shape)])
+    _check_finite(f"the output of batch {sequence}", output)
+    return output
 
 
 def pack_weights(kind: type[Head], head: pb.Weights, state: State) -> Iterator[Piece[Head]]:
@@ -130,6 +175,11 @@ def _head(piece: Piece[Any], field: str) -> Any:
     return getattr(piece.head, field)
 
 
+def _due(what: str, came: int, due: int) -> None:
+    if came != due:
+        raise WireError(f"the {what} of batch {came} came; that of batch {due} was due")
+
+
 def _on_host(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu").contiguous()
 
@@ -166,15 +216,17 @@ def _check_finite(name: str, tensor: Tensor) -> None:
         raise WireError(f"{name}: NaN or infinite values; lower the learning rate or check the data")
 
 
-def _cut(kind: type[Head], head: Mapping[str, Any], tensors: Sequence[Tensor]) -> Iterator[Piece[Head]]:
-    """Pieces of equal size of about a megabyte; the first has the head."""
+def _cut(
+    kind: type[Head], head: Mapping[str, Any], tensors: Sequence[Tensor], later: Mapping[str, Any] = _NOTHING
+) -> Iterator[Piece[Head]]:
+    """Pieces of equal size of about a megabyte; the first has the head, those after it have `later`."""
     views = [tensor.reshape(-1).view(torch.uint8).numpy().data for tensor in tensors]
     total = sum(view.nbytes for view in views)
     size = math.ceil(total / max(1, round(total / PIECE_BYTES)))
     message = kind(**head)
     for chunks in _chunks(views, size):
         yield Piece(message, chunks)
-        message = kind()
+        message = kind(**later)
     if total == 0:
         yield Piece(message)
 

@@ -49,13 +49,7 @@ STREAM_ACTIVATIONS = Rpc(
 )
 TRAIN = Rpc("Train", pb.TrainRequest, pb.TrainResponse, True, True, True, True)
 SYNC_WEIGHTS = Rpc("SyncWeights", pb.SyncWeightsRequest, pb.SyncWeightsResponse, True, True, True, True)
-EVALUATE = Rpc(
-    "Evaluate",
-    pb.EvaluateRequest,
-    pb.EvaluateResponse,
-    requests_stream=True,
-    requests_in_pieces=True,
-)
+EVALUATE = Rpc("Evaluate", pb.EvaluateRequest, pb.EvaluateResponse, True, True, True, True)
 LEAVE = Rpc("Leave", pb.LeaveRequest, pb.LeaveResponse)
 
 RPCS = (JOIN, STREAM_ACTIVATIONS, TRAIN, SYNC_WEIGHTS, EVALUATE, LEAVE)

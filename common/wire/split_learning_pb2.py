@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x64sl/v1/split_learning.proto\x12\x06\x64sl.v1\"K\n\x0bJoinRequest\x12\x16\n\x0eoldest_version\x18\x01 \x01(\r\x12\x16\n\x0enewest_version\x18\x02 \x01(\r\x12\x0c\n\x04name\x18\x03 \x01(\t\"=\n\x0cJoinResponse\x12\"\n\x07welcome\x18\x01 \x01(\x0b\x32\x0f.dsl.v1.WelcomeH\x00\x42\t\n\x07message\"H\n\x07Welcome\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x0e\n\x06\x63lient\x18\x03 \x01(\r\x12\x0f\n\x07session\x18\x04 \x01(\t\"c\n\x07Segment\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x16\n\x0e\x66irst_sequence\x18\x03 \x01(\x04\x12\x0f\n\x07\x62\x61tches\x18\x04 \x01(\r\x12\x0f\n\x07samples\x18\x05 \x01(\x04\"f\n\x05\x42\x61tch\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\'\n\x0b\x61\x63tivations\x18\x02 \x01(\x0b\x32\x12.dsl.v1.TensorSpec\x12\"\n\x06labels\x18\x03 \x01(\x0b\x32\x12.dsl.v1.TensorSpec\"P\n\x08Gradient\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12$\n\x08gradient\x18\x02 \x01(\x0b\x32\x12.dsl.v1.TensorSpec\x12\x0c\n\x04loss\x18\x03 \x01(\x02\"\x8a\x01\n\x07Weights\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12$\n\x07purpose\x18\x03 \x01(\x0e\x32\x13.dsl.v1.SyncPurpose\x12\x0f\n\x07samples\x18\x04 \x01(\x04\x12(\n\x07tensors\x18\x05 \x03(\x0b\x32\x17.dsl.v1.NamedTensorSpec\"9\n\nTensorSpec\x12\x1c\n\x05\x64type\x18\x01 \x01(\x0e\x32\r.dsl.v1.Dtype\x12\r\n\x05shape\x18\x02 \x03(\x03\"A\n\x0fNamedTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12 \n\x04spec\x18\x02 \x01(\x0b\x32\x12.dsl.v1.TensorSpec\"t\n\x18StreamActivationsRequest\x12\"\n\x07segment\x18\x01 \x01(\x0b\x32\x0f.dsl.v1.SegmentH\x00\x12\x1e\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\r.dsl.v1.BatchH\x00\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\x42\x06\n\x04head\",\n\x19StreamActivationsResponse\x12\x0f\n\x07\x61pplied\x18\x01 \x01(\x04\"h\n\x0cTrainRequest\x12\"\n\x07segment\x18\x01 \x01(\x0b\x32\x0f.dsl.v1.SegmentH\x00\x12\x1e\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\r.dsl.v1.BatchH\x00\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\x42\x06\n\x04head\"K\n\rTrainResponse\x12$\n\x08gradient\x18\x02 \x01(\x0b\x32\x10.dsl.v1.GradientH\x00\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\x42\x06\n\x04head\"N\n\x12SyncWeightsRequest\x12\"\n\x07weights\x18\x02 \x01(\x0b\x32\x0f.dsl.v1.WeightsH\x00\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\x42\x06\n\x04head\"O\n\x13SyncWeightsResponse\x12\"\n\x07weights\x18\x02 \x01(\x0b\x32\x0f.dsl.v1.WeightsH\x00\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\x42\x06\n\x04head\"D\n\nEvaluation\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x16\n\x0e\x61\x66ter_sequence\x18\x03 \x01(\x04\"0\n\tHeadScore\x12\x0f\n\x07\x63orrect\x18\x01 \x01(\x04\x12\x12\n\ntrain_loss\x18\x02 \x01(\x02\"\x9a\x01\n\x0f\x45valuateRequest\x12(\n\nevaluation\x18\x01 \x01(\x0b\x32\x12.dsl.v1.EvaluationH\x00\x12\x1e\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\r.dsl.v1.BatchH\x00\x12\'\n\nhead_score\x18\x03 \x01(\x0b\x32\x11.dsl.v1.HeadScoreH\x00\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\x42\x06\n\x04head\"B\n\x10\x45valuateResponse\x12\x0f\n\x07samples\x18\x01 \x01(\x04\x12\x0f\n\x07\x63orrect\x18\x02 \x01(\x04\x12\x0c\n\x04loss\x18\x03 \x01(\x02\"\\\n\x0cLeaveRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12*\n\x0cmeasurements\x18\x02 \x01(\x0b\x32\x14.dsl.v1.Measurements\x12\x0f\n\x07\x66\x61ilure\x18\x03 \x01(\t\"\x0f\n\rLeaveResponse\"\x86\x01\n\x0cMeasurements\x12\x32\n\x07seconds\x18\x01 \x03(\x0b\x32!.dsl.v1.Measurements.SecondsEntry\x12\x12\n\npeak_bytes\x18\x02 \x01(\x04\x1a.\n\x0cSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01*|\n\x0bSyncPurpose\x12\x1c\n\x18SYNC_PURPOSE_UNSPECIFIED\x10\x00\x12\x18\n\x14SYNC_PURPOSE_AVERAGE\x10\x01\x12\x1a\n\x16SYNC_PURPOSE_TAKE_TURN\x10\x02\x12\x19\n\x15SYNC_PURPOSE_END_TURN\x10\x03*e\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x0f\n\x0b\x44TYPE_INT64\x10\x02\x12\x0f\n\x0b\x44TYPE_UINT8\x10\x03\x12\x10\n\x0c\x44TYPE_UINT16\x10\x04\x32\xa4\x03\n\x14SplitLearningService\x12\x33\n\x04Join\x12\x13.dsl.v1.JoinRequest\x1a\x14.dsl.v1.JoinResponse0\x01\x12Z\n\x11StreamActivations\x12 .dsl.v1.StreamActivationsRequest\x1a!.dsl.v1.StreamActivationsResponse(\x01\x12\x38\n\x05Train\x12\x14.dsl.v1.TrainRequest\x1a\x15.dsl.v1.TrainResponse(\x01\x30\x01\x12J\n\x0bSyncWeights\x12\x1a.dsl.v1.SyncWeightsRequest\x1a\x1b.dsl.v1.SyncWeightsResponse(\x01\x30\x01\x12?\n\x08\x45valuate\x12\x17.dsl.v1.EvaluateRequest\x1a\x18.dsl.v1.EvaluateResponse(\x01\x12\x34\n\x05Leave\x12\x14.dsl.v1.LeaveRequest\x1a\x15.dsl.v1.LeaveResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x64sl/v1/split_learning.proto\x12\x06\x64sl.v1\"K\n\x0bJoinRequest\x12\x16\n\x0eoldest_version\x18\x01 \x01(\r\x12\x16\n\x0enewest_version\x18\x02 \x01(\r\x12\x0c\n\x04name\x18\x03 \x01(\t\"=\n\x0cJoinResponse\x12\"\n\x07welcome\x18\x01 \x01(\x0b\x32\x0f.dsl.v1.WelcomeH\x00\x42\t\n\x07message\"H\n\x07Welcome\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x0e\n\x06\x63lient\x18\x03 \x01(\r\x12\x0f\n\x07session\x18\x04 \x01(\t\"c\n\x07Segment\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x16\n\x0e\x66irst_sequence\x18\x03 \x01(\x04\x12\x0f\n\x07\x62\x61tches\x18\x04 \x01(\r\x12\x0f\n\x07samples\x18\x05 \x01(\x04\"f\n\x05\x42\x61tch\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\'\n\x0b\x61\x63tivations\x18\x02 \x01(\x0b\x32\x12.dsl.v1.TensorSpec\x12\"\n\x06labels\x18\x03 \x01(\x0b\x32\x12.dsl.v1.TensorSpec\"P\n\x08Gradient\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12$\n\x08gradient\x18\x02 \x01(\x0b\x32\x12.dsl.v1.TensorSpec\x12\x0c\n\x04loss\x18\x03 \x01(\x02\">\n\x06Output\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\"\n\x06output\x18\x02 \x01(\x0b\x32\x12.dsl.v1.TensorSpec\"\x8a\x01\n\x07Weights\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12$\n\x07purpose\x18\x03 \x01(\x0e\x32\x13.dsl.v1.SyncPurpose\x12\x0f\n\x07samples\x18\x04 \x01(\x04\x12(\n\x07tensors\x18\x05 \x03(\x0b\x32\x17.dsl.v1.NamedTensorSpec\"9\n\nTensorSpec\x12\x1c\n\x05\x64type\x18\x01 \x01(\x0e\x32\r.dsl.v1.Dtype\x12\r\n\x05shape\x18\x02 \x03(\x03\"A\n\x0fNamedTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12 \n\x04spec\x18\x02 \x01(\x0b\x32\x12.dsl.v1.TensorSpec\"t\n\x18StreamActivationsRequest\x12\"\n\x07segment\x18\x01 \x01(\x0b\x32\x0f.dsl.v1.SegmentH\x00\x12\x1e\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\r.dsl.v1.BatchH\x00\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\x42\x06\n\x04head\",\n\x19StreamActivationsResponse\x12\x0f\n\x07\x61pplied\x18\x01 \x01(\x04\"\xa3\x01\n\x0cTrainRequest\x12\"\n\x07segment\x18\x01 \x01(\x0b\x32\x0f.dsl.v1.SegmentH\x00\x12\x1e\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\r.dsl.v1.BatchH\x00\x12$\n\x08gradient\x18\x03 \x01(\x0b\x32\x10.dsl.v1.GradientH\x00\x12\x13\n\x0bof_gradient\x18\x04 \x01(\x08\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\x42\x06\n\x04head\"\x80\x01\n\rTrainResponse\x12$\n\x08gradient\x18\x02 \x01(\x0b\x32\x10.dsl.v1.GradientH\x00\x12 \n\x06output\x18\x03 \x01(\x0b\x32\x0e.dsl.v1.OutputH\x00\x12\x11\n\tof_output\x18\x04 \x01(\x08\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\x42\x06\n\x04head\"N\n\x12SyncWeightsRequest\x12\"\n\x07weights\x18\x02 \x01(\x0b\x32\x0f.dsl.v1.WeightsH\x00\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\x42\x06\n\x04head\"O\n\x13SyncWeightsResponse\x12\"\n\x07weights\x18\x02 \x01(\x0b\x32\x0f.dsl.v1.WeightsH\x00\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\x42\x06\n\x04head\"D\n\nEvaluation\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x16\n\x0e\x61\x66ter_sequence\x18\x03 \x01(\x04\"\x7f\n\x0b\x43lientScore\x12\x19\n\x0chead_correct\x18\x01 \x01(\x04H\x00\x88\x01\x01\x12\x17\n\ntrain_loss\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x1c\n\x05score\x18\x03 \x01(\x0b\x32\r.dsl.v1.ScoreB\x0f\n\r_head_correctB\r\n\x0b_train_loss\"7\n\x05Score\x12\x0f\n\x07samples\x18\x01 \x01(\x04\x12\x0f\n\x07\x63orrect\x18\x02 \x01(\x04\x12\x0c\n\x04loss\x18\x03 \x01(\x02\"\x9e\x01\n\x0f\x45valuateRequest\x12(\n\nevaluation\x18\x01 \x01(\x0b\x32\x12.dsl.v1.EvaluationH\x00\x12\x1e\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\r.dsl.v1.BatchH\x00\x12+\n\x0c\x63lient_score\x18\x03 \x01(\x0b\x32\x13.dsl.v1.ClientScoreH\x00\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\x42\x06\n\x04head\"j\n\x10\x45valuateResponse\x12\x1e\n\x05score\x18\x01 \x01(\x0b\x32\r.dsl.v1.ScoreH\x00\x12 \n\x06output\x18\x02 \x01(\x0b\x32\x0e.dsl.v1.OutputH\x00\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\x42\x06\n\x04head\"\\\n\x0cLeaveRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12*\n\x0cmeasurements\x18\x02 \x01(\x0b\x32\x14.dsl.v1.Measurements\x12\x0f\n\x07\x66\x61ilure\x18\x03 \x01(\t\"\x0f\n\rLeaveResponse\"\x86\x01\n\x0cMeasurements\x12\x32\n\x07seconds\x18\x01 \x03(\x0b\x32!.dsl.v1.Measurements.SecondsEntry\x12\x12\n\npeak_bytes\x18\x02 \x01(\x04\x1a.\n\x0cSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01*\x98\x01\n\x0bSyncPurpose\x12\x1c\n\x18SYNC_PURPOSE_UNSPECIFIED\x10\x00\x12\x18\n\x14SYNC_PURPOSE_AVERAGE\x10\x01\x12\x1a\n\x16SYNC_PURPOSE_TAKE_TURN\x10\x02\x12\x19\n\x15SYNC_PURPOSE_END_TURN\x10\x03\x12\x1a\n\x16SYNC_PURPOSE_TAKE_HEAD\x10\x04*e\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x0f\n\x0b\x44TYPE_INT64\x10\x02\x12\x0f\n\x0b\x44TYPE_UINT8\x10\x03\x12\x10\n\x0c\x44TYPE_UINT16\x10\x04\x32\xa6\x03\n\x14SplitLearningService\x12\x33\n\x04Join\x12\x13.dsl.v1.JoinRequest\x1a\x14.dsl.v1.JoinResponse0\x01\x12Z\n\x11StreamActivations\x12 .dsl.v1.StreamActivationsRequest\x1a!.dsl.v1.StreamActivationsResponse(\x01\x12\x38\n\x05Train\x12\x14.dsl.v1.TrainRequest\x1a\x15.dsl.v1.TrainResponse(\x01\x30\x01\x12J\n\x0bSyncWeights\x12\x1a.dsl.v1.SyncWeightsRequest\x1a\x1b.dsl.v1.SyncWeightsResponse(\x01\x30\x01\x12\x41\n\x08\x45valuate\x12\x17.dsl.v1.EvaluateRequest\x1a\x18.dsl.v1.EvaluateResponse(\x01\x30\x01\x12\x34\n\x05Leave\x12\x14.dsl.v1.LeaveRequest\x1a\x15.dsl.v1.LeaveResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,10 +33,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_MEASUREMENTS_SECONDSENTRY']._loaded_options = None
   _globals['_MEASUREMENTS_SECONDSENTRY']._serialized_options = b'8\001'
-  _globals['_SYNCPURPOSE']._serialized_start=1908
-  _globals['_SYNCPURPOSE']._serialized_end=2032
-  _globals['_DTYPE']._serialized_start=2034
-  _globals['_DTYPE']._serialized_end=2135
+  _globals['_SYNCPURPOSE']._serialized_start=2267
+  _globals['_SYNCPURPOSE']._serialized_end=2419
+  _globals['_DTYPE']._serialized_start=2421
+  _globals['_DTYPE']._serialized_end=2522
   _globals['_JOINREQUEST']._serialized_start=39
   _globals['_JOINREQUEST']._serialized_end=114
   _globals['_JOINRESPONSE']._serialized_start=116
@@ -49,40 +49,44 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BATCH']._serialized_end=456
   _globals['_GRADIENT']._serialized_start=458
   _globals['_GRADIENT']._serialized_end=538
-  _globals['_WEIGHTS']._serialized_start=541
-  _globals['_WEIGHTS']._serialized_end=679
-  _globals['_TENSORSPEC']._serialized_start=681
-  _globals['_TENSORSPEC']._serialized_end=738
-  _globals['_NAMEDTENSORSPEC']._serialized_start=740
-  _globals['_NAMEDTENSORSPEC']._serialized_end=805
-  _globals['_STREAMACTIVATIONSREQUEST']._serialized_start=807
-  _globals['_STREAMACTIVATIONSREQUEST']._serialized_end=923
-  _globals['_STREAMACTIVATIONSRESPONSE']._serialized_start=925
-  _globals['_STREAMACTIVATIONSRESPONSE']._serialized_end=969
-  _globals['_TRAINREQUEST']._serialized_start=971
-  _globals['_TRAINREQUEST']._serialized_end=1075
-  _globals['_TRAINRESPONSE']._serialized_start=1077
-  _globals['_TRAINRESPONSE']._serialized_end=1152
-  _globals['_SYNCWEIGHTSREQUEST']._serialized_start=1154
-  _globals['_SYNCWEIGHTSREQUEST']._serialized_end=1232
-  _globals['_SYNCWEIGHTSRESPONSE']._serialized_start=1234
-  _globals['_SYNCWEIGHTSRESPONSE']._serialized_end=1313
-  _globals['_EVALUATION']._serialized_start=1315
-  _globals['_EVALUATION']._serialized_end=1383
-  _globals['_HEADSCORE']._serialized_start=1385
-  _globals['_HEADSCORE']._serialized_end=1433
-  _globals['_EVALUATEREQUEST']._serialized_start=1436
-  _globals['_EVALUATEREQUEST']._serialized_end=1590
-  _globals['_EVALUATERESPONSE']._serialized_start=1592
-  _globals['_EVALUATERESPONSE']._serialized_end=1658
-  _globals['_LEAVEREQUEST']._serialized_start=1660
-  _globals['_LEAVEREQUEST']._serialized_end=1752
-  _globals['_LEAVERESPONSE']._serialized_start=1754
-  _globals['_LEAVERESPONSE']._serialized_end=1769
-  _globals['_MEASUREMENTS']._serialized_start=1772
-  _globals['_MEASUREMENTS']._serialized_end=1906
-  _globals['_MEASUREMENTS_SECONDSENTRY']._serialized_start=1860
-  _globals['_MEASUREMENTS_SECONDSENTRY']._serialized_end=1906
-  _globals['_SPLITLEARNINGSERVICE']._serialized_start=2138
-  _globals['_SPLITLEARNINGSERVICE']._serialized_end=2558
+  _globals['_OUTPUT']._serialized_start=540
+  _globals['_OUTPUT']._serialized_end=602
+  _globals['_WEIGHTS']._serialized_start=605
+  _globals['_WEIGHTS']._serialized_end=743
+  _globals['_TENSORSPEC']._serialized_start=745
+  _globals['_TENSORSPEC']._serialized_end=802
+  _globals['_NAMEDTENSORSPEC']._serialized_start=804
+  _globals['_NAMEDTENSORSPEC']._serialized_end=869
+  _globals['_STREAMACTIVATIONSREQUEST']._serialized_start=871
+  _globals['_STREAMACTIVATIONSREQUEST']._serialized_end=987
+  _globals['_STREAMACTIVATIONSRESPONSE']._serialized_start=989
+  _globals['_STREAMACTIVATIONSRESPONSE']._serialized_end=1033
+  _globals['_TRAINREQUEST']._serialized_start=1036
+  _globals['_TRAINREQUEST']._serialized_end=1199
+  _globals['_TRAINRESPONSE']._serialized_start=1202
+  _globals['_TRAINRESPONSE']._serialized_end=1330
+  _globals['_SYNCWEIGHTSREQUEST']._serialized_start=1332
+  _globals['_SYNCWEIGHTSREQUEST']._serialized_end=1410
+  _globals['_SYNCWEIGHTSRESPONSE']._serialized_start=1412
+  _globals['_SYNCWEIGHTSRESPONSE']._serialized_end=1491
+  _globals['_EVALUATION']._serialized_start=1493
+  _globals['_EVALUATION']._serialized_end=1561
+  _globals['_CLIENTSCORE']._serialized_start=1563
+  _globals['_CLIENTSCORE']._serialized_end=1690
+  _globals['_SCORE']._serialized_start=1692
+  _globals['_SCORE']._serialized_end=1747
+  _globals['_EVALUATEREQUEST']._serialized_start=1750
+  _globals['_EVALUATEREQUEST']._serialized_end=1908
+  _globals['_EVALUATERESPONSE']._serialized_start=1910
+  _globals['_EVALUATERESPONSE']._serialized_end=2016
+  _globals['_LEAVEREQUEST']._serialized_start=2018
+  _globals['_LEAVEREQUEST']._serialized_end=2110
+  _globals['_LEAVERESPONSE']._serialized_start=2112
+  _globals['_LEAVERESPONSE']._serialized_end=2127
+  _globals['_MEASUREMENTS']._serialized_start=2130
+  _globals['_MEASUREMENTS']._serialized_end=2264
+  _globals['_MEASUREMENTS_SECONDSENTRY']._serialized_start=2218
+  _globals['_MEASUREMENTS_SECONDSENTRY']._serialized_end=2264
+  _globals['_SPLITLEARNINGSERVICE']._serialized_start=2525
+  _globals['_SPLITLEARNINGSERVICE']._serialized_end=2947
 # @@protoc_insertion_point(module_scope)

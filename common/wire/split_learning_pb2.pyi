@@ -13,6 +13,7 @@ class SyncPurpose(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SYNC_PURPOSE_AVERAGE: _ClassVar[SyncPurpose]
     SYNC_PURPOSE_TAKE_TURN: _ClassVar[SyncPurpose]
     SYNC_PURPOSE_END_TURN: _ClassVar[SyncPurpose]
+    SYNC_PURPOSE_TAKE_HEAD: _ClassVar[SyncPurpose]
 
 class Dtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -25,6 +26,7 @@ SYNC_PURPOSE_UNSPECIFIED: SyncPurpose
 SYNC_PURPOSE_AVERAGE: SyncPurpose
 SYNC_PURPOSE_TAKE_TURN: SyncPurpose
 SYNC_PURPOSE_END_TURN: SyncPurpose
+SYNC_PURPOSE_TAKE_HEAD: SyncPurpose
 DTYPE_UNSPECIFIED: Dtype
 DTYPE_FLOAT32: Dtype
 DTYPE_INT64: Dtype
@@ -93,6 +95,14 @@ class Gradient(_message.Message):
     loss: float
     def __init__(self, sequence: _Optional[int] = ..., gradient: _Optional[_Union[TensorSpec, _Mapping]] = ..., loss: _Optional[float] = ...) -> None: ...
 
+class Output(_message.Message):
+    __slots__ = ("sequence", "output")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    output: TensorSpec
+    def __init__(self, sequence: _Optional[int] = ..., output: _Optional[_Union[TensorSpec, _Mapping]] = ...) -> None: ...
+
 class Weights(_message.Message):
     __slots__ = ("session", "epoch", "purpose", "samples", "tensors")
     SESSION_FIELD_NUMBER: _ClassVar[int]
@@ -140,22 +150,30 @@ class StreamActivationsResponse(_message.Message):
     def __init__(self, applied: _Optional[int] = ...) -> None: ...
 
 class TrainRequest(_message.Message):
-    __slots__ = ("segment", "batch", "data")
+    __slots__ = ("segment", "batch", "gradient", "of_gradient", "data")
     SEGMENT_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_FIELD_NUMBER: _ClassVar[int]
+    OF_GRADIENT_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     segment: Segment
     batch: Batch
+    gradient: Gradient
+    of_gradient: bool
     data: bytes
-    def __init__(self, segment: _Optional[_Union[Segment, _Mapping]] = ..., batch: _Optional[_Union[Batch, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, segment: _Optional[_Union[Segment, _Mapping]] = ..., batch: _Optional[_Union[Batch, _Mapping]] = ..., gradient: _Optional[_Union[Gradient, _Mapping]] = ..., of_gradient: _Optional[bool] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class TrainResponse(_message.Message):
-    __slots__ = ("gradient", "data")
+    __slots__ = ("gradient", "output", "of_output", "data")
     GRADIENT_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    OF_OUTPUT_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     gradient: Gradient
+    output: Output
+    of_output: bool
     data: bytes
-    def __init__(self, gradient: _Optional[_Union[Gradient, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, gradient: _Optional[_Union[Gradient, _Mapping]] = ..., output: _Optional[_Union[Output, _Mapping]] = ..., of_output: _Optional[bool] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class SyncWeightsRequest(_message.Message):
     __slots__ = ("weights", "data")
@@ -183,27 +201,17 @@ class Evaluation(_message.Message):
     after_sequence: int
     def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., after_sequence: _Optional[int] = ...) -> None: ...
 
-class HeadScore(_message.Message):
-    __slots__ = ("correct", "train_loss")
-    CORRECT_FIELD_NUMBER: _ClassVar[int]
+class ClientScore(_message.Message):
+    __slots__ = ("head_correct", "train_loss", "score")
+    HEAD_CORRECT_FIELD_NUMBER: _ClassVar[int]
     TRAIN_LOSS_FIELD_NUMBER: _ClassVar[int]
-    correct: int
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    head_correct: int
     train_loss: float
-    def __init__(self, correct: _Optional[int] = ..., train_loss: _Optional[float] = ...) -> None: ...
+    score: Score
+    def __init__(self, head_correct: _Optional[int] = ..., train_loss: _Optional[float] = ..., score: _Optional[_Union[Score, _Mapping]] = ...) -> None: ...
 
-class EvaluateRequest(_message.Message):
-    __slots__ = ("evaluation", "batch", "head_score", "data")
-    EVALUATION_FIELD_NUMBER: _ClassVar[int]
-    BATCH_FIELD_NUMBER: _ClassVar[int]
-    HEAD_SCORE_FIELD_NUMBER: _ClassVar[int]
-    DATA_FIELD_NUMBER: _ClassVar[int]
-    evaluation: Evaluation
-    batch: Batch
-    head_score: HeadScore
-    data: bytes
-    def __init__(self, evaluation: _Optional[_Union[Evaluation, _Mapping]] = ..., batch: _Optional[_Union[Batch, _Mapping]] = ..., head_score: _Optional[_Union[HeadScore, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
-
-class EvaluateResponse(_message.Message):
+class Score(_message.Message):
     __slots__ = ("samples", "correct", "loss")
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
     CORRECT_FIELD_NUMBER: _ClassVar[int]
@@ -212,6 +220,28 @@ class EvaluateResponse(_message.Message):
     correct: int
     loss: float
     def __init__(self, samples: _Optional[int] = ..., correct: _Optional[int] = ..., loss: _Optional[float] = ...) -> None: ...
+
+class EvaluateRequest(_message.Message):
+    __slots__ = ("evaluation", "batch", "client_score", "data")
+    EVALUATION_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_SCORE_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    evaluation: Evaluation
+    batch: Batch
+    client_score: ClientScore
+    data: bytes
+    def __init__(self, evaluation: _Optional[_Union[Evaluation, _Mapping]] = ..., batch: _Optional[_Union[Batch, _Mapping]] = ..., client_score: _Optional[_Union[ClientScore, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class EvaluateResponse(_message.Message):
+    __slots__ = ("score", "output", "data")
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    score: Score
+    output: Output
+    data: bytes
+    def __init__(self, score: _Optional[_Union[Score, _Mapping]] = ..., output: _Optional[_Union[Output, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class LeaveRequest(_message.Message):
     __slots__ = ("session", "measurements", "failure")

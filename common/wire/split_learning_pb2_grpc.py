@@ -55,7 +55,7 @@ class SplitLearningServiceStub:
                 request_serializer=dsl_dot_v1_dot_split__learning__pb2.SyncWeightsRequest.SerializeToString,
                 response_deserializer=dsl_dot_v1_dot_split__learning__pb2.SyncWeightsResponse.FromString,
                 _registered_method=True)
-        self.Evaluate = channel.stream_unary(
+        self.Evaluate = channel.stream_stream(
                 '/dsl.v1.SplitLearningService/Evaluate',
                 request_serializer=dsl_dot_v1_dot_split__learning__pb2.EvaluateRequest.SerializeToString,
                 response_deserializer=dsl_dot_v1_dot_split__learning__pb2.EvaluateResponse.FromString,
@@ -89,7 +89,9 @@ class SplitLearningServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Train(self, request_iterator, context):
-        """Sends one segment of batches and gets each one's cut gradient back (CSL).
+        """Sends one segment of batches and gets cut gradients back: for each (CSL), or for some. Where the
+        client has the network's last layers, each batch's output comes back first, and the client sends
+        its gradient before the next batch (U-shaped).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -103,7 +105,8 @@ class SplitLearningServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Evaluate(self, request_iterator, context):
-        """Scores the joined network on activations of test images.
+        """Scores the joined network on activations of test images. Where the client has the network's last
+        layers, each batch's output comes back, and the client scores; the score is the last answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -139,7 +142,7 @@ def add_SplitLearningServiceServicer_to_server(servicer, server):
                     request_deserializer=dsl_dot_v1_dot_split__learning__pb2.SyncWeightsRequest.FromString,
                     response_serializer=dsl_dot_v1_dot_split__learning__pb2.SyncWeightsResponse.SerializeToString,
             ),
-            'Evaluate': grpc.stream_unary_rpc_method_handler(
+            'Evaluate': grpc.stream_stream_rpc_method_handler(
                     servicer.Evaluate,
                     request_deserializer=dsl_dot_v1_dot_split__learning__pb2.EvaluateRequest.FromString,
                     response_serializer=dsl_dot_v1_dot_split__learning__pb2.EvaluateResponse.SerializeToString,
@@ -280,7 +283,7 @@ class SplitLearningService:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.stream_unary(
+        return grpc.experimental.stream_stream(
             request_iterator,
             target,
             '/dsl.v1.SplitLearningService/Evaluate',
