@@ -12,6 +12,7 @@ from common.methods.cse_fsl import cse_fsl
 from common.methods.csl import csl
 from common.methods.cyclesl import cyclesl
 from common.methods.dsl import dsl
+from common.methods.epsl import epsl
 from common.methods.gapsl import gapsl
 from common.methods.psl import psl
 from common.methods.sglr import sglr
@@ -27,6 +28,7 @@ METHODS: Mapping[str, Callable[..., Method]] = {
     "splitfed-v3": splitfed_v3,
     "sglr": sglr,
     "gapsl": gapsl,
+    "epsl": epsl,
     "cyclesl": cyclesl,
     "cse-fsl": cse_fsl,
 }
