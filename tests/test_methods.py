@@ -54,6 +54,7 @@ def test_an_unknown_method_is_refused_with_all_there_are() -> None:
         ("splitfed-v1", "h=2", "it has none"),
         ("sglr", "beta=1", "sglr has no setting 'beta'; it has alpha, phi, splitavg, phase, fraction"),
         ("sglr", "alpha", "name=value"),
+        ("epsl", "share=1", "it has phi"),
         ("gapsl", "k=5", "it has k_min, k_max, eta, lambda_, gda"),
         ("cyclesl", "epochs=2", "it has server_epochs, server_batch"),
         ("cse-fsl", "=2", "it has h"),
@@ -75,6 +76,7 @@ def test_an_unknown_method_is_refused_with_all_there_are() -> None:
         ("cyclesl", "server_epochs=0", "server_epochs 0 is below 1"),
         ("cyclesl", "server_batch=-1", "server_batch -1 below 0"),
         ("sglr", "phi=1.5", "phi 1.5 .* must be from 0 to 1"),
+        ("epsl", "phi=1.5", "epsl: phi 1.5 must be from 0 to 1"),
         ("sglr", "fraction=-0.1", "fraction -0.1 must be from 0 to 1"),
         ("gapsl", "k_min=90", "k_min 90.0 <= k_max 80.0 <= 100 does not hold"),
         ("gapsl", "k_max=101", "k_max 101.0 <= 100 does not hold"),
@@ -102,6 +104,7 @@ def test_settings_reach_the_method() -> None:
         ("psl", "none"),
         ("sglr", "none"),
         ("gapsl", "none"),
+        ("epsl", "none"),
         ("splitfed-v3", "none"),
         ("splitfed-v1", "average"),
         ("splitfed-v2", "average"),
@@ -135,6 +138,7 @@ ALONE = [
     ("splitfed-v3",),
     ("sglr", "phi=0"),
     ("gapsl", "lambda_=0"),
+    ("epsl", "phi=0.5"),
 ]
 
 

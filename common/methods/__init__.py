@@ -13,6 +13,7 @@ from common.methods.cse_fsl import cse_fsl
 from common.methods.csl import csl
 from common.methods.cyclesl import cyclesl
 from common.methods.dsl import dsl
+from common.methods.epsl import epsl
 from common.methods.fedavg import fedavg
 from common.methods.fsl_sage import fsl_sage
 from common.methods.gapsl import gapsl
@@ -31,6 +32,7 @@ METHODS: Mapping[str, Callable[..., Method]] = {
     "splitfed-v3": splitfed_v3,
     "sglr": sglr,
     "gapsl": gapsl,
+    "epsl": epsl,
     "cyclesl": cyclesl,
     "cse-fsl": cse_fsl,
     "fsl-sage": fsl_sage,
