@@ -68,6 +68,7 @@ class Service:
             raise WireError(f"client name {request.name[:64]!r}: use 1 to 64 letters, digits, '.', '_', '-'")
         member = self._rounds.join(request.name)
         self._record.joined()
+        self._inbox.join(member.client)
         if not context.add_callback(lambda: self._rounds.lost(member)):
             self._rounds.lost(member)  # it has gone already
         welcome = pb.Welcome(
@@ -147,7 +148,7 @@ class Service:
     def Leave(self, request: pb.LeaveRequest, context: Context) -> pb.LeaveResponse:
         member = self._rounds.member(request.session)
         if request.failure:
-            self._rounds.close(ClosedError(f"{member} failed: {request.failure[:500]!r}"))
+            self._rounds.lost(member, f"failed: {request.failure[:500]!r}")
             return pb.LeaveResponse()
         self._record.left(request.measurements)
         self._inbox.leave(member.client)

@@ -37,8 +37,11 @@ class Hosting:
         return self._method.server_step(part, group)
 
     def end_round(self) -> None:
-        """Averages the copies, weighted by the samples of the round; their momentum stays."""
-        if self._method.copies:
+        """Averages the copies, weighted by the samples of the round; their momentum stays.
+
+        A copy that was not trained, its client being lost, has no weight; if none was, nothing changes.
+        """
+        if self._method.copies and any(self._samples):
             mean = average([state_of(part, momentum=False) for part in self.parts], self._samples)
             for part in self.parts:
                 load_state(part, mean)
