@@ -122,6 +122,11 @@ class Run:
     """Batches that may wait at a client to be sent."""
     inbox: int = 2
     """Batches of each client that may wait at the server."""
+    quorum: int = 0
+    """Go on without clients that are lost as long as so many of the run's remain; 0: all."""
+    round_timeout: float = 0.0
+    """In fixed order: seconds that batches wait for a client that is late, if the others are a quorum; 0:
+    as long as it takes. Such a run repeats bit for bit only if nobody is late."""
 
     def __post_init__(self) -> None:
         self._check()  # raises ConfigError, naming the value and what is allowed
@@ -135,6 +140,11 @@ class Run:
     def class_count(self) -> int:
         """As said, or the data set's."""
         return KNOWN_DATA.get(self.data, _OTHER_DATA)[1] if self.classes is None else self.classes
+
+    @property
+    def least_clients(self) -> int:
+        """With fewer that remain the run is over: the quorum, where there is one."""
+        return self.quorum or self.clients
 
     def evaluates(self, epoch: int) -> bool:
         """Whether the test set is scored after this epoch, counted from 0."""
@@ -170,6 +180,14 @@ class Run:
             raise ConfigError(f"--warmup {self.warmup} is not a fraction from 0 to 1")
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"--momentum {self.momentum} is not in [0, 1)")
+        if not 0 <= self.round_timeout < math.inf:
+            raise ConfigError(f"--round-timeout {self.round_timeout} is not a number of seconds from 0 on")
+        if self.quorum > self.clients:
+            raise ConfigError(f"--quorum {self.quorum} is above --clients {self.clients}")
+        if self.sync == "relay" and self.least_clients < self.clients:
+            raise ConfigError(
+                f"--quorum {self.quorum}: a relay needs all of its {self.clients} clients; leave the flag out"
+            )
         if min(self.image_shape) < 1:
             raise ConfigError(f"--image {' '.join(map(str, self.image_shape))} has an empty side")
         if not self.name or set(self.name) - _NAME_CHARACTERS:
@@ -193,6 +211,7 @@ _LEAST = {
     "seed": 0,
     "outbox": 1,
     "inbox": 1,
+    "quorum": 0,
 }
 _ALLOWED = {
     "sync": ("auto", "none", "average", "relay"),

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,14 @@ def _serve(options: Options) -> int:
     run = settled(options.run)
     device = cli.device_of(options.device)
     folder = RunFolder(options.out, run, "server")
-    server = Server(run, options.listen, device, folder)
+    progress = Progress(PROGRAM)
+
+    def lost(reason: ClosedError) -> None:
+        progress.log(f"{reason}; the others go on")
+
+    server = Server(run, options.listen, device, folder, lost)
     stopping = ClosedError("the run is over")
-    with Progress(PROGRAM) as progress:
+    with progress:
         progress.log(_greeting(options, server.port, str(device)))
         server.start()
         try:
@@ -71,7 +77,7 @@ def _serve(options: Options) -> int:
             raise
         finally:
             server.stop(stopping)
-        progress.log(_result(summary, folder.path))
+        progress.log(_result(summary, folder.path, [m for m in server.rounds.members() if m.lost]))
     return 0
 
 
@@ -88,7 +94,7 @@ def _greeting(options: Options, port: int, device: str) -> str:
 
 def _line(server: Any) -> str:
     record, run = server.record, server.run
-    here = len(server.rounds.members())
+    here = sum(not member.lost for member in server.rounds.members())
     accuracy = record.test["accuracy"]
     return "  ".join(
         [
@@ -104,11 +110,12 @@ def _line(server: Any) -> str:
     )
 
 
-def _result(summary: dict[str, Any], folder: Path) -> str:
+def _result(summary: dict[str, Any], folder: Path, lost: Sequence[object]) -> str:
     accuracy = summary["test"]["accuracy"]
     scored = f"accuracy {accuracy:.4f}" if accuracy is not None else "not scored"
+    without = f" without {', '.join(map(str, lost))}" if lost else ""
     return (
-        f"finished: {summary['samples_trained']:,} samples in {summary['seconds']['wall']:.1f} s, "
+        f"finished{without}: {summary['samples_trained']:,} samples in {summary['seconds']['wall']:.1f} s, "
         f"{scored}; everything in {folder}"
     )
 

@@ -10,7 +10,8 @@ How the lanes are served:
 * in fixed order: a tick waits until every lane that is still in the epoch has something, then takes
   one batch from each, by client index. The order depends on the data alone, so runs repeat.
   Errands are done between epochs, after the end of the round is told. With `gather=ALL` a tick
-  is one group.
+  is one group. Where there is a `timeout`, a tick that holds batches up for longer goes on without
+  those it waits for, as long as the others make the quorum: their batches join a later one.
 
     lane 0  | b b b End |b b b End          tick 1: 0 1 2   tick 2: 0 1 2   tick 3: 0 2
     lane 1  | b b End ·  ·|b b End                                          (1 waits for the epoch's end)
@@ -107,24 +108,48 @@ Work = Sequence[Job] | Errand | RoundEnd
 
 
 class Inbox:
-    def __init__(self, clients: int, depth: int, fixed_order: bool, gather: Gather = Gather.EACH) -> None:
+    """timeout: seconds for which a tick may wait for a client, counted once all have joined; 0: no end."""
+
+    def __init__(
+        self,
+        clients: int,
+        depth: int,
+        fixed_order: bool,
+        gather: Gather = Gather.EACH,
+        timeout: float = 0.0,
+        quorum: int = 1,
+    ) -> None:
         self._lanes: list[deque[Item]] = [deque() for _ in range(clients)]
         self._tick: deque[Work] = deque()  # taken from the lanes, not yet served
-        self._members = set(range(clients))  # those that have not left
+        self._to_join = set(range(clients))
+        self._members = set(range(clients))  # those that have not left and are not lost
+        self._lost: dict[int, ClosedError] = {}  # client to reason
         self._in_epoch = set(range(clients))  # those that have batches left, in fixed order
         self._depth = depth
         self._fixed_order = fixed_order
         self._gather = gather
+        self._timeout = min(timeout, threading.TIMEOUT_MAX)
+        self._quorum = quorum
         self._closed: ClosedError | None = None
         self._changed = threading.Condition()
 
-    def put(self, item: Item) -> None:
-        """Adds to the client's lane; waits while it is full. Raises why the inbox was closed."""
-        lane = self._lanes[item.client]
+    def join(self, client: int) -> None:
+        """The client is there; what it has to send may still take it a while."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or len(lane) < self._depth)
-            if self._closed:
-                raise self._closed
+            self._to_join.discard(client)
+            self._changed.notify_all()
+
+    def put(self, item: Item) -> None:
+        """Adds to the client's lane; waits while it is full. Raises why the inbox or the lane is closed."""
+        lane = self._lanes[item.client]
+
+        def over() -> ClosedError | None:
+            return self._closed or self._lost.get(item.client)
+
+        with self._changed:
+            self._changed.wait_for(lambda: over() or len(lane) < self._depth)
+            if reason := over():
+                raise reason
             lane.append(item)
             self._changed.notify_all()
 
@@ -133,6 +158,16 @@ class Inbox:
         with self._changed:
             self._members.discard(client)
             self._changed.notify_all()
+
+    def lose(self, client: int, reason: ClosedError) -> None:
+        """The client is gone: what lies in its lane is dropped, and who waits for an answer told why."""
+        with self._changed:
+            self._lost[client] = reason
+            self._members.discard(client)
+            left = list(self._lanes[client])
+            self._lanes[client].clear()
+            self._changed.notify_all()
+        _fail(left, reason)
 
     def close(self, reason: ClosedError) -> None:
         """Wakes everyone: `put` raises the reason from now on, and so does every waiting answer."""
@@ -144,24 +179,50 @@ class Inbox:
             for lane in self._lanes:
                 lane.clear()
             self._changed.notify_all()
-        for item in left:
-            if not isinstance(item, EpochEnd):
-                item.answer.set_exception(self._closed)
+        _fail(left, self._closed)
 
     def __iter__(self) -> Iterator[Work]:
-        """Groups to train on and errands, until every member has left or it is closed."""
+        """Groups to train on and errands, until every member has left or it is closed.
+
+        Raises ClosedError when a tick has waited for too long and too few are there to go on.
+        """
         while (work := self._next()) is not None:
             yield work
 
     def _next(self) -> Work | None:
         with self._changed:
             while not self._tick:
-                self._changed.wait_for(self._ready)
+                self._wait()
                 if self._closed or not self._active():
                     return None
                 self._tick.extend(self._in_order() if self._fixed_order else self._as_they_come())
                 self._changed.notify_all()
             return self._tick.popleft()
+
+    def _wait(self) -> None:
+        """Until there is something to take: a whole tick, or what is there of it when its time is up."""
+        while not self._ready():
+            if not self._holds_up():
+                self._changed.wait()
+            elif not self._changed.wait_for(lambda: self._ready() or not self._holds_up(), self._timeout):
+                self._check_quorum()
+                return
+
+    def _holds_up(self) -> bool:
+        """Whether there are batches that may not wait for ever for the rest of their tick."""
+        if not (self._timeout and self._fixed_order) or self._to_join:
+            return False
+        return bool(self._lanes_with(Errand) or self._lanes_with(Job))
+
+    def _check_quorum(self) -> None:
+        late = [c for c in sorted(self._in_epoch & self._members) if not self._lanes[c]]
+        others = len(self._lanes) - len(self._lost) - len(late)
+        if others < self._quorum:
+            who = ("client " if len(late) == 1 else "clients ") + ", ".join(map(str, late))
+            raise ClosedError(
+                f"{who} kept the others waiting for more than {self._timeout:g} s: "
+                f"raise --round-timeout, or allow a --quorum below {others + 1}"
+            )
 
     def _grouped(self, items: Sequence[Item]) -> list[Work]:
         errands = [item for item in items if isinstance(item, Errand)]
@@ -187,17 +248,17 @@ class Inbox:
     def _in_order(self) -> list[Work]:
         """One step of the fixed order: ends of epochs first, then errands, then batches."""
         self._in_epoch &= set(self._active())
+        self._in_epoch -= {lane.popleft().client for lane in self._lanes_with(EpochEnd)}
         if not self._in_epoch:
             self._in_epoch = set(self._active())
-            return []
+            return [RoundEnd()]
+        lanes = self._lanes_with(Errand) or self._lanes_with(Job)
+        return self._grouped([lane.popleft() for lane in lanes])
+
+    def _lanes_with(self, kind: type[Item]) -> list[deque[Item]]:
+        """Those of the clients in the epoch, by index, that have such an item to take next."""
         lanes = [self._lanes[c] for c in sorted(self._in_epoch)]
-        ended = [lane for lane in lanes if isinstance(lane[0], EpochEnd)]
-        errands = [lane for lane in lanes if isinstance(lane[0], Errand)]
-        taken = [lane.popleft() for lane in ended or errands or lanes]
-        if not ended:
-            return self._grouped(taken)
-        self._in_epoch -= {item.client for item in taken}
-        return [RoundEnd()] if not self._in_epoch else []
+        return [lane for lane in lanes if lane and isinstance(lane[0], kind)]
 
 
 def answered(work: Work) -> Sequence[Job | Errand]:
@@ -205,3 +266,9 @@ def answered(work: Work) -> Sequence[Job | Errand]:
     if isinstance(work, RoundEnd):
         return []
     return [work] if isinstance(work, Errand) else work
+
+
+def _fail(items: Sequence[Item], reason: ClosedError) -> None:
+    for item in items:
+        if not isinstance(item, EpochEnd):
+            item.answer.set_exception(reason)

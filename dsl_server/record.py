@@ -45,6 +45,8 @@ class Record:
         self._start: float | None = None
         self._lock = threading.Lock()
         self._epochs: dict[int, dict[int, Evaluation]] = {}  # by epoch and client
+        self._written: set[int] = set()  # epochs that have their line
+        self._lost: set[int] = set()
         self._measurements: list[pb.Measurements] = []
         self._loss_sum, self._loss_samples = 0.0, 0
         self._facts: list[Mapping[str, float]] = []  # since the last line
@@ -52,11 +54,6 @@ class Record:
         self.epoch = 0  # the latest that a client has begun, from 0
         self.loss = float("nan")  # a running mean, for who watches
         self.test: dict[str, float | None] = {"accuracy": None, "loss": None, "client_only_accuracy": None}
-
-    @property
-    def evaluators(self) -> int:
-        """How many clients score the test set after an epoch: with relayed parts, who has the part."""
-        return 1 if self._run.sync == "relay" else self._run.clients
 
     @property
     def seconds(self) -> float:
@@ -86,11 +83,14 @@ class Record:
     def evaluated(self, client: int, epoch: int, evaluation: Evaluation) -> None:
         """Adds a client's evaluation; the last client's of an epoch makes its line in metrics.jsonl."""
         with self._lock:
-            evaluations = self._epochs.setdefault(epoch, {})
-            is_new = client not in evaluations
-            evaluations[client] = evaluation
-            if is_new and len(evaluations) == self.evaluators:
-                self._write_line(epoch, list(evaluations.values()))
+            self._epochs.setdefault(epoch, {})[client] = evaluation
+            self._write_lines()
+
+    def lost(self, client: int) -> None:
+        """The run goes on without this client: epochs that waited for its evaluation get their lines."""
+        with self._lock:
+            self._lost.add(client)
+            self._write_lines()
 
     def left(self, measurements: pb.Measurements) -> None:
         """Called while the client's connection is still there: later the kernel knows nothing of it."""
@@ -129,6 +129,19 @@ class Record:
         seconds = self._clock.seconds("forward", "step", "decode", "idle")
         backward = seconds.pop("step") - seconds["forward"]
         return {"forward": seconds["forward"], "backward": backward, **seconds}
+
+    def _write_lines(self) -> None:
+        for epoch in sorted(self._epochs.keys() - self._written):
+            evaluations = self._epochs[epoch]
+            if self._is_scored(evaluations):
+                self._written.add(epoch)
+                self._write_line(epoch, list(evaluations.values()))
+
+    def _is_scored(self, evaluations: Mapping[int, Evaluation]) -> bool:
+        """Whether all have evaluated who are to: with relayed parts who has the part, or who remains."""
+        if self._run.sync == "relay":
+            return len(evaluations) > 0
+        return all(client in evaluations or client in self._lost for client in range(self._run.clients))
 
     def _write_line(self, epoch: int, evaluations: list[Evaluation]) -> None:
         self.test = _joined(evaluations)

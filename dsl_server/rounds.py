@@ -25,15 +25,27 @@ class Member:
     received: int = 0
     receiving: bool = False  # a segment is open
     left: bool = False
+    lost: ClosedError | None = None  # why it is gone, where the run goes on without it
+
+    @property
+    def gone(self) -> bool:
+        return self.left or self.lost is not None
 
     def __str__(self) -> str:
         return f"client {self.client} ({self.name})"
 
 
 class Rounds:
-    def __init__(self, run: Run, on_close: Callable[[ClosedError], None] = lambda _: None) -> None:
+    """on_lost: told of each member that the run goes on without, and why."""
+
+    def __init__(
+        self,
+        run: Run,
+        on_close: Callable[[ClosedError], None] = lambda _: None,
+        on_lost: Callable[[int, ClosedError], None] = lambda *_: None,
+    ) -> None:
         self._run = run
-        self._on_close = on_close
+        self._on_close, self._on_lost = on_close, on_lost
         self._members: dict[str, Member] = {}
         self._parts: dict[int, tuple[State, int]] = {}  # of the average being made: client to part
         self._average: State = {}
@@ -63,7 +75,7 @@ class Rounds:
         with self._changed:
             self._check_open()
             member = self._members.get(session)
-            if member is None or member.left:
+            if member is None or member.gone:
                 raise RefusedError("this call names no present member of the run; join first")
             return member
 
@@ -77,10 +89,21 @@ class Rounds:
             member.left = True
             self._changed.notify_all()
 
-    def lost(self, member: Member) -> None:
-        """The member's connection is over. Unless it had left, so is the run."""
-        if not member.left:
-            self.close(ClosedError(f"{member} went away before the end of the run"))
+    def lost(self, member: Member, how: str = "went away before the end of the run") -> None:
+        """The member is gone. Unless it had left, or those that remain are a quorum, so is the run."""
+        reason = ClosedError(f"{member} {how}")
+        with self._changed:
+            if member.gone or self._closed:
+                return
+            lost = 1 + sum(m.lost is not None for m in self._members.values())
+            goes_on = self._run.clients - lost >= self._run.least_clients
+            if goes_on:
+                member.lost = reason
+                self._changed.notify_all()
+        if goes_on:
+            self._on_lost(member.client, reason)
+        else:
+            self.close(reason)
 
     def close(self, reason: ClosedError) -> None:
         """Ends the run: everyone who waits here, or comes, is told the reason. The first one stands."""
@@ -92,12 +115,12 @@ class Rounds:
         self._on_close(reason)
 
     def wait_until_left(self, member: Member) -> None:
-        """Raises the reason if the run ends before."""
-        self._wait_for(lambda: member.left)
+        """Raises the reason if the run ends before, or it is lost."""
+        self._wait_for(lambda: member.left, member)
 
     def wait_until_finished(self, timeout: float | None = None) -> bool:
-        """Whether every place was taken and left again. Raises the reason if the run ends before."""
-        return self._wait_for(self._finished, timeout)
+        """Whether every place was taken and all have gone. Raises the reason if the run ends before."""
+        return self._wait_for(self._finished, timeout=timeout)
 
     def begin_segment(self, member: Member, first_sequence: int) -> None:
         """From now on the member's batches come by this call. Waits for the one before it.
@@ -106,8 +129,8 @@ class Rounds:
         """
         with self._changed:
             self._wait_until_received(member, first_sequence - 1)
-            self._changed.wait_for(lambda: self._closed or not member.receiving)
-            self._check_open()
+            self._changed.wait_for(lambda: self._over(member) or not member.receiving)
+            self._check_open(member)
             self.expect(member, first_sequence)
             member.receiving = True
 
@@ -135,26 +158,31 @@ class Rounds:
             self._changed.notify_all()
 
     def average(self, member: Member, epoch: int, part: State, samples: int) -> State:
-        """The mean of all clients' parts of this epoch, once all have come."""
+        """The mean of the clients' parts of this epoch, once all have come from those that remain.
+
+        The part of a client that was lost after it gave it counts.
+        """
         if samples < 1:
             raise WireError(f"{member}: a part trained on {samples} samples has no weight in an average")
         with self._changed:
+            self._check_open(member)
             if epoch != self._averages_made or member.client in self._parts:
                 raise WireError(f"{member}: the average of epoch {self._averages_made} is due, not {epoch}")
             self._parts[member.client] = (part, samples)
-            if len(self._parts) == self._run.clients:
+            self._changed.notify_all()
+            self._wait_for(lambda: self._averages_made > epoch or self._all_given(), member)
+            if self._averages_made == epoch:  # the first to wake makes it for all
                 ordered = [self._parts[client] for client in sorted(self._parts)]
                 self._average = average([p for p, _ in ordered], [n for _, n in ordered])
                 self._parts.clear()
                 self._averages_made += 1
                 self._changed.notify_all()
-        self._wait_for(lambda: self._averages_made > epoch)
-        return self._average  # the next one cannot be made before this member has come back
+            return self._average  # the next one cannot be made before this member has come back
 
     def take_turn(self, member: Member, epoch: int) -> State:
         """Waits for the member's turn; the part of the client before it, empty at the first turn."""
         turn = epoch * self._run.clients + member.client
-        self._wait_for(lambda: self._turn >= turn)
+        self._wait_for(lambda: self._turn >= turn, member)
         if self._turn != turn:
             raise WireError(f"{member}: its turn of epoch {epoch} is over")
         return self._relayed
@@ -162,7 +190,7 @@ class Rounds:
     def end_turn(self, member: Member, epoch: int, part: State) -> None:
         """Hands the part on to the next client."""
         with self._changed:
-            self._check_open()
+            self._check_open(member)
             if self._turn != epoch * self._run.clients + member.client:
                 raise WireError(f"{member}: it is not its turn")
             self._relayed = part
@@ -173,27 +201,38 @@ class Rounds:
         """As long as an earlier segment is being received, however slowly; then for PATIENCE_S."""
 
         def moved() -> bool:
-            return bool(self._closed) or member.receiving or member.received >= sequence
+            return bool(self._over(member)) or member.receiving or member.received >= sequence
 
         while member.received < sequence:
-            self._check_open()
+            self._check_open(member)
             if member.receiving:
                 self._changed.wait()
             elif not self._changed.wait_for(moved, PATIENCE_S):
                 return
-        self._check_open()
+        self._check_open(member)
+
+    def _all_given(self) -> bool:
+        """Whether every client that remains, or is still to join, has given its part of this average."""
+        gone = {member.client for member in self._members.values() if member.gone}
+        return all(client in self._parts or client in gone for client in range(self._run.clients))
 
     def _finished(self) -> bool:
         places_taken = len(self._members) == self._run.clients
-        return places_taken and all(member.left for member in self._members.values())
+        return places_taken and all(member.gone for member in self._members.values())
 
-    def _wait_for(self, condition: Callable[[], bool], timeout: float | None = None) -> bool:
+    def _wait_for(
+        self, condition: Callable[[], bool], member: Member | None = None, timeout: float | None = None
+    ) -> bool:
         with self._changed:
-            came = self._changed.wait_for(lambda: self._closed or condition(), timeout)
+            came = self._changed.wait_for(lambda: self._over(member) or condition(), timeout)
             if not condition():
-                self._check_open()
+                self._check_open(member)
             return bool(came)
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise self._closed
+    def _over(self, member: Member | None) -> ClosedError | None:
+        """Why there is nothing left to do: for anyone, or for this member."""
+        return self._closed or (member.lost if member else None)
+
+    def _check_open(self, member: Member | None = None) -> None:
+        if reason := self._over(member):
+            raise reason

@@ -2,6 +2,7 @@
 
 import re
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
@@ -37,11 +38,21 @@ _SPARE_CALLS = 8  # health, reflection, clients that are one too many
 
 
 class Server:
-    """`listen`: host:port, port 0 for any. Raises ConfigError when the run or the port cannot be."""
+    """`listen`: host:port, port 0 for any. Raises ConfigError when the run or the port cannot be.
 
-    def __init__(self, run: Run, listen: str, device: torch.device, folder: RunFolder) -> None:
+    on_lost: told why a client is gone that the run goes on without.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        listen: str,
+        device: torch.device,
+        folder: RunFolder,
+        on_lost: Callable[[ClosedError], None] = lambda _: None,
+    ) -> None:
         run = settled(run)
-        self.run, self._folder = run, folder
+        self.run, self._folder, self._on_lost = run, folder, on_lost
         self.method = build_method(run)
         net = build(run)
         self.part = server_part(run, self.method, net, device)
@@ -51,8 +62,10 @@ class Server:
         self.hosting = Hosting(run, self.method, self.part)
         together = self.method.gather is Gather.ALL or self.method.copies or run.fixed_order
         in_turn = together and run.sync != "relay"  # whose turns are an order already
-        self.inbox = Inbox(run.clients, run.inbox, in_turn, self.method.gather)
-        self.rounds = Rounds(run, on_close=self.inbox.close)
+        self.inbox = Inbox(
+            run.clients, run.inbox, in_turn, self.method.gather, run.round_timeout, run.least_clients
+        )
+        self.rounds = Rounds(run, on_close=self.inbox.close, on_lost=self._lose)
         self.sockets = Sockets()
         self.record = Record(run, net.cut_shape, folder, self.traffic, self.sockets, self._clock, device)
         self._trainer = Trainer(self.hosting, device, self._clock)
@@ -97,6 +110,15 @@ class Server:
         self._grpc.stop(grace=2).wait()
         self.inbox.close(reason)
         self.sockets.close()
+
+    def _lose(self, client: int, reason: ClosedError) -> None:
+        # The record first: once the inbox has no clients left, `wait` is over and the summary is written.
+        try:
+            self.record.lost(client)
+        except OSError as error:
+            self.rounds.close(ClosedError(f"the server cannot write its metrics: {error.strerror}"))
+        self.inbox.lose(client, reason)
+        self._on_lost(reason)
 
     def _train(self) -> None:
         try:

@@ -72,6 +72,7 @@ class Service:
             raise WireError(f"client name {request.name[:64]!r}: use 1 to 64 letters, digits, '.', '_', '-'")
         member = self._rounds.join(request.name)
         self._record.joined()
+        self._inbox.join(member.client)
         if not context.add_callback(lambda: self._rounds.lost(member)):
             self._rounds.lost(member)  # it has gone already
         welcome = pb.Welcome(
@@ -114,7 +115,12 @@ class Service:
             answer = self._rounds.take_turn(member, head.epoch)
         elif head.purpose == pb.SYNC_PURPOSE_END_TURN and self._run.sync == "relay" and part:
             self._rounds.end_turn(member, head.epoch, part)
-        elif head.purpose == pb.SYNC_PURPOSE_TAKE_HEAD and self._method.new_head and not part:
+        elif (
+            head.purpose == pb.SYNC_PURPOSE_TAKE_HEAD
+            and self._method.new_head
+            and not part
+            and member.received
+        ):
             do = partial(Hosting.new_head, client=member.client)
             answer = head_state(self._errand(member, "make a head", do).result())
         else:
@@ -138,6 +144,8 @@ class Service:
             if first.head.WhichOneof("head") == "client_score":
                 closing = first.head.client_score
                 break
+            if self._method.tail is Tail.ALL:
+                raise WireError(f"{self._method.name} has the whole network at the client: send its score")
             sequence, batch = self._unpack(first, requests)
             if self._method.tail is Tail.LAST:
                 do = partial(Hosting.output, z=batch.z)
@@ -147,7 +155,7 @@ class Service:
                 do = partial(Hosting.score, z=batch.z, y=batch.y)
                 scores.append(self._errand(member, "score a batch", do))
                 samples += len(batch.z)
-        score = closing.score if closing.HasField("score") else _score(samples, scores)
+        score = _score(samples, scores) if self._method.tail is Tail.NONE else closing.score
         evaluation = _evaluation(score, closing)
         try:
             self._record.evaluated(member.client, opening.epoch, evaluation)
@@ -160,7 +168,7 @@ class Service:
     def Leave(self, request: pb.LeaveRequest, context: Context) -> pb.LeaveResponse:
         member = self._rounds.member(request.session)
         if request.failure:
-            self._rounds.close(ClosedError(f"{member} failed: {request.failure[:500]!r}"))
+            self._rounds.lost(member, f"failed: {request.failure[:500]!r}")
             return pb.LeaveResponse()
         self._record.left(request.measurements)
         self._inbox.leave(member.client)
@@ -176,6 +184,8 @@ class Service:
                 f"{member}: a segment of epoch {segment.epoch} with {segment.batches} batches and "
                 f"{segment.samples} samples; the run has epochs 0 to {self._run.epochs - 1}"
             )
+        if not (self._method.send_every or self._method.afterwards):
+            raise RefusedError(f"{self._method.name} sends no batches")
         self._rounds.begin_segment(member, segment.first_sequence)
         try:
             self._record.began(segment.epoch)

@@ -73,9 +73,9 @@ def test_who_goes_on_from_a_checkpoint_trains_as_if_nothing_had_been(tmp_path: P
 
 def test_a_part_that_was_never_trained_can_be_saved_too(tmp_path: Path) -> None:
     run = small_run()
-    part = server_part(run, build(run), CPU)
+    part = server_part(run, build_method(run), build(run), CPU)
     save(tmp_path, part, {})
-    other = server_part(run, build(small_run(seed=4)), CPU)
+    other = server_part(run, build_method(run), build(small_run(seed=4)), CPU)
     restore(tmp_path, other)
     assert same(part, other)
 
@@ -111,7 +111,7 @@ def test_the_checkpoint_of_another_network_is_refused(settings: dict[str, Any], 
 def test_the_checkpoint_of_the_other_end_is_refused(saved: Path) -> None:
     run = small_run()
     with pytest.raises(ConfigError, match="another network"):
-        restore(saved, server_part(run, build(run), CPU))
+        restore(saved, server_part(run, build_method(run), build(run), CPU))
 
 
 @pytest.mark.parametrize("change", ["type", "shape", "missing", "extra"])

@@ -165,7 +165,7 @@ def test_a_gradient_comes_out_with_equal_bits(
 ) -> None:
     monkeypatch.setattr(codec, "PIECE_BYTES", piece_bytes)
     sent = torch.randn(*shape)
-    first, *rest = over_the_wire(codec.pack_gradient(9, sent, 0.5), pb.TrainResponse)
+    first, *rest = over_the_wire(codec.pack_gradient(pb.TrainResponse, 9, sent, 0.5), pb.TrainResponse)
     got, loss = codec.unpack_gradient(first, iter(rest), 9, shape)
     assert got is not None
     assert same_bits(got, sent)
@@ -214,7 +214,7 @@ def test_packing_weights_leaves_the_head_that_was_given_alone() -> None:
 
 def test_a_tensor_of_another_type_is_not_sent() -> None:
     with pytest.raises(WireError, match=r"torch\.float64 cannot be sent"):
-        list(codec.pack_gradient(1, torch.zeros(1, dtype=torch.float64), 0.0))
+        list(codec.pack_gradient(pb.TrainResponse, 1, torch.zeros(1, dtype=torch.float64), 0.0))
 
 
 # ---------------------------------------------------------------- what is wrong is refused by name
@@ -359,29 +359,29 @@ def gradient_refusal(pieces: list[Piece[Any]], sequence: int = 9) -> str:
 
 
 def test_a_gradient_for_another_batch_is_refused() -> None:
-    pieces = list(codec.pack_gradient(8, torch.zeros(2, 3), 0.0))
-    assert gradient_refusal(pieces) == "the server answered batch 8; batch 9 was due"
+    pieces = list(codec.pack_gradient(pb.TrainResponse, 8, torch.zeros(2, 3), 0.0))
+    assert gradient_refusal(pieces) == "the gradient of batch 8 came; that of batch 9 was due"
 
 
 @pytest.mark.parametrize("shape", [(3, 2), (2, 3, 1), (6,), (1, 3), (3, 3), ()])
 def test_a_gradient_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
-    pieces = list(codec.pack_gradient(9, torch.zeros(shape), 0.0))
+    pieces = list(codec.pack_gradient(pb.TrainResponse, 9, torch.zeros(shape), 0.0))
     assert f"gradient: shape {list(shape)}; the run needs [2, 3]" in gradient_refusal(pieces)
 
 
 def test_a_gradient_of_another_type_is_refused() -> None:
-    pieces = list(codec.pack_gradient(9, torch.zeros(2, 3, dtype=torch.int64), 0.0))
+    pieces = list(codec.pack_gradient(pb.TrainResponse, 9, torch.zeros(2, 3, dtype=torch.int64), 0.0))
     assert gradient_refusal(pieces) == "gradient: dtype DTYPE_INT64; the run needs DTYPE_FLOAT32"
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_gradient_that_is_no_number_is_refused(value: float) -> None:
-    pieces = list(codec.pack_gradient(9, torch.full((2, 3), value), 0.0))
+    pieces = list(codec.pack_gradient(pb.TrainResponse, 9, torch.full((2, 3), value), 0.0))
     assert "the gradient of batch 9: NaN or infinite" in gradient_refusal(pieces)
 
 
 def test_a_gradient_cut_short_is_refused() -> None:
-    (whole,) = codec.pack_gradient(9, torch.zeros(2, 3), 0.0)
+    (whole,) = codec.pack_gradient(pb.TrainResponse, 9, torch.zeros(2, 3), 0.0)
     said = gradient_refusal([Piece(whole.head, [whole.chunks[0][:20]])])
     assert said == "the stream ended 4 bytes before the end of a frame of 24"
 

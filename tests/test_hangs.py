@@ -24,6 +24,7 @@ from common.errors import ClosedError, FullError, SplitLearningError, WireError
 from common.meter import Clock, Traffic
 from common.methods import METHODS, build_method
 from common.methods.base import Answer, Received, ServerPart, Smashed
+from common.methods.hosting import Hosting
 from common.parts import state_of
 from common.run import Run
 from common.wire import rpc
@@ -31,11 +32,11 @@ from common.wire import split_learning_pb2 as pb
 from common.wire.pieces import Piece
 from dsl_client.connection import Connection
 from dsl_client.stream import Examination, Outgoing
+from dsl_client.trainer import Trainer
 from dsl_server import service
-from dsl_server.inbox import Exam, Job
+from dsl_server.inbox import Errand, Job
 from dsl_server.record import Record
 from dsl_server.server import Server
-from dsl_server.trainer import Trainer
 from tests.federation import Batches, connect, serving, small_run, spec_of, train
 from tests.ordinary import member, smashed
 from tests.threads import in_thread, wait_for, waits
@@ -48,7 +49,7 @@ SOON_S = 10.0  # ample for what should take a moment
 @pytest.fixture(autouse=True)
 def _no_answer_is_left_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A call that hangs in one test must not keep the test process from ending."""
-    made: list[Job | Exam] = []
+    made: list[Job | Errand] = []
 
     def recording(kind: type[Any]) -> Callable[..., Any]:
         def make(*arguments: Any) -> Any:
@@ -58,7 +59,7 @@ def _no_answer_is_left_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
         return make
 
     monkeypatch.setattr(service, "Job", recording(Job))
-    monkeypatch.setattr(service, "Exam", recording(Exam))
+    monkeypatch.setattr(service, "Errand", recording(Errand))
     yield
     for thread in threading.enumerate():
         if thread.name == "trainer":
@@ -221,10 +222,10 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_scoring_that_fails_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def score(*_: object) -> None:
+    def score(*_: object, **__: object) -> None:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(Trainer, "_score", score)
+    monkeypatch.setattr(Hosting, "score", score)
     run = small_run(method="dsl", clients=2, epochs=1)
     with serving(run, tmp_path) as server:
         everyone = [client for _, client in all_train(server, "ann", "bob")]
@@ -281,7 +282,7 @@ def test_a_client_in_the_midst_of_an_evaluation_is_told_why_the_server_went_too(
     with serving(small_run(), tmp_path) as server:
         connection, _ = connect(server)
         examination = connection.evaluation(0, 0, spec_of(server.run), 2)
-        examination(smashed(server.run))
+        examination.send(smashed(server.run))
         wait_for(lambda: server.traffic.by_kind()["up"]["evaluation"] > 0)
         server.stop(ClosedError("the server was stopped (Ctrl-C)"))
         assert "the server was stopped (Ctrl-C)" in str(
@@ -292,7 +293,7 @@ def test_a_client_in_the_midst_of_an_evaluation_is_told_why_the_server_went_too(
 
 def score(examination: Examination, batch: Smashed) -> None:
     for _ in range(20):
-        examination(batch)
+        examination.send(batch)
     examination.finish(None)
 
 
@@ -300,7 +301,6 @@ def score(examination: Examination, batch: Smashed) -> None:
 def test_a_server_that_is_stopped_in_the_midst_of_a_step_lets_its_clients_go_at_once(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It waits itself until the step is done: torch must not be torn out of one."""
     gate = threading.Event()
     step_of(monkeypatch, method, waiting_for(gate))
     with serving(small_run(method=method, clients=2, epochs=1000), tmp_path) as server:
@@ -555,8 +555,8 @@ NONSENSE: dict[str, tuple[list[Any], str]] = {
     "of another type": ([gradient(dtype=pb.DTYPE_INT64)], "gradient: dtype DTYPE_INT64"),
     "not a number": ([gradient(fill=math.nan)], "the gradient of batch 1: NaN or infinite"),
     "infinite": ([gradient(fill=math.inf)], "the gradient of batch 1: NaN or infinite"),
-    "for a batch to come": ([gradient(sequence=2)], "the server answered batch 2; batch 1 was due"),
-    "for no batch": ([gradient(sequence=0)], "the server answered batch 0; batch 1 was due"),
+    "for a batch to come": ([gradient(sequence=2)], "the gradient of batch 2 came; that of batch 1 was due"),
+    "for no batch": ([gradient(sequence=0)], "the gradient of batch 0 came; that of batch 1 was due"),
     "cut short": ([pb.TrainResponse(gradient=gradient().gradient, data=b"abc")], "the stream ended"),
     "too long": ([pb.TrainResponse(gradient=gradient().gradient, data=bytes(40_000))], "has more than"),
     "no gradient": ([pb.TrainResponse(gradient=pb.Gradient(sequence=1))], "has no gradient"),
@@ -609,12 +609,11 @@ def test_an_answer_to_a_batch_that_was_not_sent_ends_the_client() -> None:
 def test_a_client_that_was_sent_nonsense_has_not_learned_from_it() -> None:
     from common.nets.cut import build
     from common.parts import client_part
-    from dsl_client.trainer import Trainer as ClientTrainer
 
     with pretending([gradient(fill=math.nan)]) as (run, connection):
         part = client_part(run, build_method(run), build(run), torch.device("cpu"))
         learned = {name: tensor.clone() for name, tensor in state_of(part).items() if "running" not in name}
-        trainer = ClientTrainer(run, 0, build_method(run), part, connection, spec_of(run), Clock())
+        trainer = Trainer(run, 0, build_method(run), part, connection, spec_of(run), Clock())
         data = Batches(run, 0, 8)
         assert isinstance(told(in_thread(trainer.train, data, data)), WireError)
         for name, tensor in learned.items():

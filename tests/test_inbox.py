@@ -8,7 +8,7 @@ import torch
 
 from common.errors import ClosedError
 from common.methods.base import Gather, Smashed
-from dsl_server.inbox import EpochEnd, Exam, Inbox, Item, Job, RoundEnd, Work
+from dsl_server.inbox import EpochEnd, Errand, Inbox, Item, Job, RoundEnd, Work
 from tests.threads import in_thread, waits
 
 pytestmark = pytest.mark.timeout(20)
@@ -20,8 +20,8 @@ def job(client: int, sequence: int) -> Job:
     return Job(client, sequence, Smashed(torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64)), 0.0)
 
 
-def exam(client: int) -> Exam:
-    return Exam(client, Smashed(torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64)))
+def exam(client: int) -> Errand:
+    return Errand(client, "score a batch", lambda _: None)
 
 
 def inbox_of(*lanes: str, fixed_order: bool = False, gather: Gather = Gather.EACH) -> Inbox:
@@ -48,7 +48,7 @@ def served(inbox: Inbox) -> str:
 def told(work: Work) -> str:
     if isinstance(work, RoundEnd):
         return "|"
-    if isinstance(work, Exam):
+    if isinstance(work, Errand):
         return f"x{work.client}"
     return "+".join(f"{job.client}.{job.sequence}" for job in work)
 
@@ -134,12 +134,16 @@ def test_fixed_order_does_not_depend_on_who_is_faster() -> None:
 
 
 def put_all(inbox: Inbox, client: int, lane: str) -> None:
+    put_items(inbox, client, lane)
+    inbox.leave(client)
+
+
+def put_items(inbox: Inbox, client: int, lane: str) -> None:
     for index, sign in enumerate(lane):
         if sign == "|":
             inbox.put(EpochEnd(client))
         else:
             inbox.put(exam(client) if sign == "x" else job(client, lane[: index + 1].count("b")))
-    inbox.leave(client)
 
 
 def test_fixed_order_waits_for_the_slowest_client_of_the_epoch() -> None:
@@ -210,7 +214,7 @@ def test_closing_wakes_the_trainer_that_waits_for_work() -> None:
 
 def test_closing_tells_the_reason_to_who_waits_for_an_answer() -> None:
     inbox = Inbox(2, 5, fixed_order=False)
-    items: list[Job | Exam] = [job(0, 1), job(0, 2), exam(0), job(1, 1)]
+    items: list[Job | Errand] = [job(0, 1), job(0, 2), exam(0), job(1, 1)]
     for item in items:
         inbox.put(item)
     inbox.put(EpochEnd(1))
@@ -257,4 +261,180 @@ def test_the_work_is_over_when_everyone_has_left(fixed_order: bool) -> None:
     inbox.leave(0)
     assert waits(work)
     inbox.leave(1)
+    assert work.result(timeout=5) == []
+
+
+# ---------------------------------------------------------------- a client is lost
+
+GONE = ClosedError("client 2 (cid) went away before the end of the run")
+
+
+def test_what_a_lost_client_sent_is_dropped_and_who_waits_for_an_answer_is_told_why() -> None:
+    inbox = Inbox(3, 2, fixed_order=False)
+    items: list[Job | Errand] = [job(2, 1), exam(2)]
+    for item in items:
+        inbox.put(item)
+    inbox.put(job(0, 1))
+    late = in_thread(inbox.put, job(2, 2))
+    assert waits(late), "its lane is full"
+    inbox.lose(2, GONE)
+    assert [item.answer.exception(timeout=5) for item in items] == [GONE] * 2
+    assert late.exception(timeout=5) is GONE
+    with pytest.raises(ClosedError, match="cid"):
+        inbox.put(EpochEnd(2))
+    assert served(inbox) == "0.1"
+
+
+@pytest.mark.parametrize("gather", list(Gather))
+def test_a_loss_completes_the_tick_that_waits_for_the_lost_client(gather: Gather) -> None:
+    inbox = inbox_of("bb", "bb", "b", fixed_order=True, gather=gather)
+    work = iter(inbox)
+    first = [told(next(work)) for _ in range(1 if gather is Gather.ALL else 3)]
+    assert "+".join(first) == "0.1+1.1+2.1"
+    taken = in_thread(lambda: told(next(work)))
+    assert waits(taken)
+    inbox.lose(2, GONE)
+    assert taken.result(timeout=5) == ("0.2+1.2" if gather is Gather.ALL else "0.2")
+
+
+def test_a_loss_completes_the_round_that_waits_for_the_lost_client() -> None:
+    inbox = inbox_of("b|xb", "b|xb", "b", fixed_order=True, gather=Gather.ALL)
+    work = iter(inbox)
+    assert told(next(work)) == "0.1+1.1+2.1"
+    end = in_thread(lambda: told(next(work)))
+    assert waits(end)
+    inbox.lose(2, GONE)
+    assert end.result(timeout=5) == "|"
+    assert [told(next(work)) for _ in range(3)] == ["x0", "x1", "0.2+1.2"]
+
+
+def test_the_batch_of_a_lost_client_that_the_trainer_has_taken_is_trained_on() -> None:
+    inbox = inbox_of("b|", "b|", "b|", fixed_order=True)
+    work = iter(inbox)
+    assert told(next(work)) == "0.1"
+    inbox.lose(2, GONE)
+    assert [told(next(work)) for _ in range(3)] == ["1.1", "2.1", "|"]
+
+
+@pytest.mark.parametrize("fixed_order", [False, True])
+def test_the_work_is_over_when_the_last_one_who_had_not_left_is_lost(fixed_order: bool) -> None:
+    inbox = Inbox(2, 2, fixed_order)
+    work = in_thread(lambda: list(inbox))
+    inbox.leave(0)
+    assert waits(work)
+    inbox.lose(1, GONE)
+    assert work.result(timeout=5) == []
+
+
+@pytest.mark.parametrize("gather", list(Gather))
+@pytest.mark.parametrize("sent", range(9))
+def test_wherever_a_client_is_lost_the_others_are_served_to_the_end(sent: int, gather: Gather) -> None:
+    lane = "bb|bb|bb|"
+    inbox = Inbox(3, 2, fixed_order=True, gather=gather)
+
+    def lost_client() -> None:
+        put_items(inbox, 2, lane[:sent])
+        inbox.lose(2, GONE)
+
+    for client in (0, 1):
+        in_thread(put_all, inbox, client, lane)
+    in_thread(lost_client)
+    order = [told(work) for work in inbox]
+    batches = "+".join(entry for entry in order if entry != "|").split("+")
+    for client in "01":
+        assert [b for b in batches if b[0] == client] == [f"{client}.{i}" for i in range(1, 7)]
+    theirs = [b for b in batches if b[0] == "2"]
+    assert theirs == [f"2.{i}" for i in range(1, len(theirs) + 1)]
+    assert len(theirs) <= lane[:sent].count("b")
+    assert order.count("|") == 3
+    assert order[-1] == "|"
+
+
+# ---------------------------------------------------------------- a client is late
+
+
+def timed(*lanes: str, quorum: int, seconds: float = 0.2) -> Inbox:
+    """An inbox as of `inbox_of`, in which a tick waits for so long, and everyone is there."""
+    inbox = Inbox(len(lanes), 100, True, Gather.ALL, seconds, quorum)
+    for client, lane in enumerate(lanes):
+        inbox.join(client)
+        put_items(inbox, client, lane)
+    return inbox
+
+
+def test_a_group_goes_on_without_who_is_late_and_its_batch_joins_a_later_one() -> None:
+    inbox = timed("bbb|", "bbb|", "b", quorum=2)
+    work = iter(inbox)
+    assert [told(next(work)) for _ in range(2)] == ["0.1+1.1+2.1", "0.2+1.2"]
+    inbox.put(job(2, 2))
+    assert told(next(work)) == "0.3+1.3+2.2"
+    inbox.put(job(2, 3))
+    assert told(next(work)) == "2.3"
+
+
+def test_what_is_to_be_scored_does_not_wait_for_who_is_late_either() -> None:
+    work = iter(timed("|x", "|", quorum=1))
+    assert [told(next(work)) for _ in range(2)] == ["|", "x0"]
+
+
+def test_the_end_of_an_epoch_waits_for_who_is_late() -> None:
+    inbox = timed("b|", "b|", "b", quorum=3, seconds=0.05)
+    work = iter(inbox)
+    assert told(next(work)) == "0.1+1.1+2.1"
+    end = in_thread(lambda: told(next(work)))
+    assert waits(end, 0.3), "nobody's batch is held up"
+    inbox.put(EpochEnd(2))
+    assert end.result(timeout=5) == "|"
+
+
+@pytest.mark.parametrize(
+    ("lanes", "quorum", "says"),
+    [
+        (("b", "b", ""), 3, "client 2 kept the others waiting for more than 0.2 s: "),
+        (("b", "b", ""), 3, "raise --round-timeout, or allow a --quorum below 3"),
+        (("", "b", ""), 2, "clients 0, 2 kept .* --quorum below 2"),
+    ],
+)
+def test_too_few_to_go_on_without_who_is_late_is_an_error_that_names_them(
+    lanes: tuple[str, ...], quorum: int, says: str
+) -> None:
+    with pytest.raises(ClosedError, match=says):
+        next(iter(timed(*lanes, quorum=quorum)))
+
+
+def test_who_is_out_of_batches_is_not_late_and_who_is_lost_makes_no_quorum() -> None:
+    work = iter(timed("b|", "bb", "b", quorum=2))
+    assert [told(next(work)) for _ in range(2)] == ["0.1+1.1+2.1", "1.2"]
+    inbox = timed("b|", "bb", "b", "b", quorum=3)
+    inbox.lose(3, GONE)
+    work = iter(inbox)
+    assert told(next(work)) == "0.1+1.1+2.1"
+    with pytest.raises(ClosedError, match="client 2 kept the others waiting"):
+        next(work)
+
+
+def test_who_has_not_joined_yet_is_waited_for_as_long_as_it_takes() -> None:
+    inbox = Inbox(2, 2, True, Gather.ALL, 0.05, 2)
+    inbox.join(0)
+    inbox.put(job(0, 1))
+    taken = in_thread(lambda: told(next(iter(inbox))))
+    assert waits(taken, 0.3)
+    inbox.join(1)
+    inbox.put(job(1, 1))
+    assert taken.result(timeout=5) == "0.1+1.1"
+
+
+def test_a_loss_while_a_tick_waits_is_no_lateness() -> None:
+    inbox = timed("b", "b", "", quorum=2, seconds=15)
+    taken = in_thread(lambda: told(next(iter(inbox))))
+    assert waits(taken)
+    inbox.lose(2, GONE)
+    assert taken.result(timeout=5) == "0.1+1.1"
+
+
+def test_closing_wakes_a_tick_that_waits_for_who_is_late() -> None:
+    inbox = timed("b", "", quorum=2, seconds=15)
+    work = in_thread(lambda: list(inbox))
+    assert waits(work)
+    inbox.close(OVER)
     assert work.result(timeout=5) == []

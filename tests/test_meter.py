@@ -172,7 +172,7 @@ def test_a_batch_to_be_scored_is_evaluation(piece_bytes: int, monkeypatch: pytes
 def test_a_gradient_is_gradients(piece_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codec, "PIECE_BYTES", piece_bytes)
     traffic = Traffic()
-    frame = codec.pack_gradient(1, torch.randn(3, 3, 5, 2), 0.5)
+    frame = codec.pack_gradient(pb.TrainResponse, 1, torch.randn(3, 3, 5, 2), 0.5)
     total = written(traffic, rpc.TRAIN, pb.TrainResponse, "down", frame)
     assert counted(traffic) == {"down/gradients": 360, "down/framing": total - 360}
 

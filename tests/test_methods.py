@@ -49,7 +49,7 @@ def test_an_unknown_method_is_refused_with_all_there_are() -> None:
     ("method", "setting", "said"),
     [
         # no such setting
-        ("dsl", "h=2", "dsl has no setting 'h'; it has none"),
+        ("dsl", "h=2", "dsl has no setting 'h'; it has lambda_, q"),
         ("psl", "alpha=1", "psl has no setting 'alpha'; it has none"),
         ("splitfed-v1", "h=2", "it has none"),
         ("sglr", "beta=1", "sglr has no setting 'beta'; it has alpha, phi, splitavg, phase, fraction"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -163,6 +164,21 @@ def test_a_killed_client_ends_the_server_and_the_other_client_by_name(start: Sta
         got, words = ends(process, 10)
         assert "(site-0) went away" in words or "(site-1) went away" in words
         assert got == code, words
+
+
+@pytest.mark.timeout(120)
+def test_with_a_quorum_the_others_finish_without_a_killed_client(start: Start, address: str) -> None:
+    flags = ["--method", "psl", "--quorum", "2", "--epochs", "4", "--eval-every", "1"]
+    server = start("dsl-server", *long_run(3, "--listen", address, *flags))
+    clients = [start("dsl-client", "--server", address, "--name", f"site-{i}") for i in range(3)]
+    assert any("epoch 1/4" in line for line in clients[1].stdout)
+    clients[1].kill()
+    for process in (server, clients[0], clients[2]):
+        code, words = ends(process, 60)
+        assert code == 0, words
+        if process is server:
+            assert "(site-1) went away before the end of the run; the others go on" in words
+            assert re.search(r"finished without client \d \(site-1\): ", words.splitlines()[-1])
 
 
 @pytest.mark.timeout(90)

@@ -341,3 +341,104 @@ def test_a_finished_run_cannot_be_closed_any_more() -> None:
     rounds.close(OVER)
     assert told == []
     assert rounds.wait_until_finished() is True
+
+
+# ---------------------------------------------------------------- a quorum
+
+
+def test_with_a_quorum_the_run_goes_on_without_a_lost_client() -> None:
+    lost: list[tuple[int, str]] = []
+    rounds = Rounds(
+        small_run(clients=3, quorum=2), on_lost=lambda client, why: lost.append((client, str(why)))
+    )
+    ann, bob, cid = (rounds.join(name) for name in ("ann", "bob", "cid"))
+    waiting = [in_thread(rounds.wait_until_left, cid), in_thread(rounds.wait_until_received, cid, 9)]
+    assert all(waits(each, 0.02) for each in waiting)
+    rounds.lost(cid)
+    rounds.lost(cid)
+    assert lost == [(2, "client 2 (cid) went away before the end of the run")]
+    for each in waiting:
+        assert each.exception(timeout=5) is cid.lost
+    with pytest.raises(RefusedError, match="no present member"):
+        rounds.member(cid.session)
+    with pytest.raises(FullError):
+        rounds.join("dan")
+    rounds.leave(ann)
+    assert not rounds.wait_until_finished(timeout=0.01)
+    rounds.leave(bob)
+    assert rounds.wait_until_finished() is True
+
+
+def test_the_last_one_lost_finishes_a_run_that_the_others_have_left() -> None:
+    rounds = rounds_of(2, quorum=1)
+    ann, bob = rounds.join("ann"), rounds.join("bob")
+    rounds.leave(ann)
+    finished = in_thread(rounds.wait_until_finished)
+    assert waits(finished)
+    rounds.lost(bob, "failed: 'its disk is full'")
+    assert finished.result(timeout=5) is True
+
+
+@pytest.mark.parametrize("quorum", [2, 3, 0])
+def test_with_fewer_than_the_quorum_the_run_is_over(quorum: int) -> None:
+    rounds = rounds_of(3, quorum=quorum)
+    ann, bob = rounds.join("ann"), rounds.join("bob")
+    rounds.lost(ann)
+    if quorum == 2:
+        assert rounds.member(bob.session) is bob, "bob, and a client that is still to join"
+        rounds.lost(bob)
+    last = "bob" if quorum == 2 else "ann"
+    with pytest.raises(ClosedError, match=rf"\({last}\) went away"):
+        rounds.wait_until_finished()
+
+
+def test_a_loss_completes_the_average() -> None:
+    rounds = rounds_of(3, sync="average", quorum=2)
+    ann, bob, cid = (rounds.join(name) for name in ("ann", "bob", "cid"))
+    waiting = [
+        in_thread(rounds.average, member, 0, part(w), n) for member, w, n in ((ann, 1.0, 1), (bob, 5.0, 3))
+    ]
+    assert all(waits(each) for each in waiting)
+    rounds.lost(cid)
+    for each in waiting:
+        assert each.result(timeout=5)["w"][0] == 4.0  # (1 * 1 + 3 * 5) / 4
+    with pytest.raises(ClosedError, match="cid"):
+        rounds.average(cid, 1, part(1.0), 1)
+
+
+def test_the_part_that_a_lost_client_gave_before_counts_this_time_only() -> None:
+    rounds = rounds_of(3, sync="average", quorum=2)
+    ann, bob, cid = (rounds.join(name) for name in ("ann", "bob", "cid"))
+    lost = in_thread(rounds.average, cid, 0, part(9.0), 1)
+    first = in_thread(rounds.average, ann, 0, part(1.0), 1)
+    assert waits(lost)
+    rounds.lost(cid)
+    assert isinstance(lost.exception(timeout=5), ClosedError)
+    assert waits(first), "bob remains"
+    assert rounds.average(bob, 0, part(2.0), 1)["w"][0] == first.result(timeout=5)["w"][0] == 4.0
+    second = in_thread(rounds.average, ann, 1, part(1.0), 1)
+    assert rounds.average(bob, 1, part(2.0), 1)["w"][0] == second.result(timeout=5)["w"][0] == 1.5
+
+
+def test_an_average_waits_for_clients_that_are_still_to_join() -> None:
+    rounds = rounds_of(3, sync="average", quorum=1)
+    ann, bob = rounds.join("ann"), rounds.join("bob")
+    first = in_thread(rounds.average, ann, 0, part(1.0), 1)
+    rounds.lost(bob)
+    assert waits(first)
+    assert rounds.average(rounds.join("cid"), 0, part(3.0), 1)["w"][0] == 2.0
+    assert first.result(timeout=5)["w"][0] == 2.0
+
+
+@pytest.mark.parametrize("attempt", range(20))
+def test_a_loss_that_races_with_the_last_part_leaves_no_one_waiting(attempt: int) -> None:
+    rounds = rounds_of(3, sync="average", quorum=2)
+    members = [rounds.join(name) for name in "abc"]
+    for epoch in range(3):
+        given = [in_thread(rounds.average, member, epoch, part(2.0), 1) for member in members[:2]]
+        if epoch == 1:
+            in_thread(rounds.lost, members[2])
+        elif epoch == 0:
+            given.append(in_thread(rounds.average, members[2], epoch, part(2.0), 1))
+        for each in given:
+            assert each.result(timeout=5)["w"][0] == 2.0

@@ -43,6 +43,8 @@ OTHERWISE: dict[str, Any] = {
     "fixed_order": True,
     "outbox": 5,
     "inbox": 6,
+    "quorum": 2,
+    "round_timeout": 2.5,
 }
 
 
@@ -228,6 +230,11 @@ NAN, INF = float("nan"), float("inf")
         ("seed", -1, "--seed -1 is below 0"),
         ("outbox", 0, "--outbox 0 is below 1"),
         ("inbox", 0, "--inbox 0 is below 1"),
+        ("quorum", -1, "--quorum -1 is below 0"),
+        ("quorum", 2, "--quorum 2 is above --clients 1"),
+        ("round_timeout", -1.0, "--round-timeout -1.0 is not a number of seconds from 0 on"),
+        ("round_timeout", INF, "--round-timeout inf"),
+        ("round_timeout", NAN, "--round-timeout nan"),
         ("sync", "often", "--sync 'often': choose from auto, none, average, relay"),
         ("schedule", "linear", "--schedule 'linear': choose from constant, cosine, step"),
         ("recipe", "old", "--recipe 'old': choose from modern, paper"),
@@ -265,6 +272,13 @@ def test_a_wrong_value_is_refused_by_name(setting: str, value: Any, says: str) -
     with pytest.raises(ConfigError) as caught:
         Run(**{setting: value})
     assert says in str(caught.value)
+
+
+def test_a_relay_cannot_go_on_without_a_client() -> None:
+    says = "--quorum 2: a relay needs all of its 3 clients; leave the flag out"
+    with pytest.raises(ConfigError, match=says):
+        Run(clients=3, quorum=2, sync="relay")
+    assert Run(clients=3, quorum=3, sync="relay").least_clients == 3
 
 
 @pytest.mark.parametrize("scheme", ["dirichlet:0.1", "dirichlet:1e6", "dirichlet:1e7", "dirichlet:1e300"])

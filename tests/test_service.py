@@ -106,8 +106,9 @@ def evaluation(client: Ordinary, batches: Sequence[Smashed], **changes: Any) -> 
     return [pb.EvaluateRequest(evaluation=pb.Evaluation(**opening)), *frames]
 
 
-def evaluate(client: Ordinary, messages: Sequence[pb.EvaluateRequest]) -> pb.EvaluateResponse:
-    score: pb.EvaluateResponse = client.stub.Evaluate(iter(messages), timeout=DEADLINE_S)
+def evaluate(client: Ordinary, messages: Sequence[pb.EvaluateRequest]) -> pb.Score:
+    (answer,) = client.stub.Evaluate(iter(messages), timeout=DEADLINE_S)
+    score: pb.Score = answer.score
     return score
 
 
@@ -263,7 +264,7 @@ def test_who_has_left_can_send_no_more(client: Ordinary) -> None:
 
 def test_a_dsl_client_is_refused_by_a_csl_server(tmp_path: Path) -> None:
     with serving(small_run(method="csl"), tmp_path) as server, member(server) as client:
-        with refused(Code.FAILED_PRECONDITION, "csl answers every batch", "Train"):
+        with refused(Code.FAILED_PRECONDITION, "csl answers batches", "Train"):
             client.stream([smashed(server.run)])
         client.train([smashed(server.run)])
 
@@ -620,7 +621,7 @@ def test_a_wrong_batch_of_an_evaluation_is_refused(what: str, standing: Ordinary
 
 
 def test_an_evaluation_must_open_as_one(dsl: Server) -> None:
-    score = pb.EvaluateRequest(head_score=pb.HeadScore(correct=1))
+    score = pb.EvaluateRequest(client_score=pb.ClientScore(head_correct=1))
     with member(dsl) as client:
         opening, frame = evaluation(client, [smashed(dsl.run)])
         for messages in ([frame], [score], [opening, opening, frame]):
@@ -645,7 +646,7 @@ def test_an_evaluation_after_batches_that_never_came_is_aborted(dsl: Server) -> 
 def test_a_score_that_cannot_be_is_refused(correct: int, train_loss: float, dsl: Server) -> None:
     """It would stand in metrics.jsonl as an accuracy above 1, or as what is no JSON."""
     with member(dsl) as client:
-        score = pb.EvaluateRequest(head_score=pb.HeadScore(correct=correct, train_loss=train_loss))
+        score = pb.EvaluateRequest(client_score=pb.ClientScore(head_correct=correct, train_loss=train_loss))
         with refused(Code.INVALID_ARGUMENT):
             evaluate(client, [*evaluation(client, [smashed(dsl.run)]), score])
 
