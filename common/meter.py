@@ -24,8 +24,8 @@ Direction = Literal["up", "down"]
 T = TypeVar("T")
 P = ParamSpec("P")
 
-UP = ("activations", "labels", "evaluation", "weights", "control", "framing")
-DOWN = ("gradients", "weights", "control", "framing")
+UP = ("activations", "labels", "gradients", "evaluation", "weights", "control", "framing")
+DOWN = ("activations", "gradients", "evaluation", "weights", "control", "framing")
 
 
 class Traffic:
@@ -65,12 +65,10 @@ class Traffic:
             return sum(n for (d, _), n in self._bytes.items() if d == direction)
 
     def by_kind(self) -> dict[str, dict[str, int]]:
-        """{"up": {kind: bytes}, "down": {kind: bytes}}: every kind of `UP` and `DOWN`, and what else came."""
+        """{"up": {kind: bytes}, "down": {kind: bytes}}: with every kind of `UP` and `DOWN`."""
         with self._lock:
-            kinds: dict[str, dict[str, int]] = {"up": dict.fromkeys(UP, 0), "down": dict.fromkeys(DOWN, 0)}
-            for (direction, kind), count in self._bytes.items():
-                kinds[direction][kind] = count
-            return kinds
+            up = {kind: self._bytes["up", kind] for kind in UP}
+            return {"up": up, "down": {kind: self._bytes["down", kind] for kind in DOWN}}
 
     def _count(self, rpc: Rpc, direction: Direction, message: Any, size: int) -> None:
         kinds = {"control": size}

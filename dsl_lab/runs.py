@@ -39,6 +39,7 @@ class Up:
 
     activations: int
     labels: int
+    gradients: int
     evaluation: int
     weights: int
     control: int
@@ -49,7 +50,9 @@ class Up:
 class Down:
     """Bytes that the server sent back, by kind."""
 
+    activations: int
     gradients: int
+    evaluation: int
     weights: int
     control: int
     framing: int
@@ -149,12 +152,13 @@ class FinishedRun:
     @property
     def payload_up(self) -> int:
         """Bytes of the tensors that training sent up."""
-        return self.summary.wire.up.activations + self.summary.wire.up.labels
+        up = self.summary.wire.up
+        return up.activations + up.labels + up.gradients
 
     @property
     def payload_down(self) -> int:
         """Bytes of the tensors that training sent back."""
-        return self.summary.wire.down.gradients
+        return self.summary.wire.down.activations + self.summary.wire.down.gradients
 
     @property
     def serialized_up(self) -> int:

@@ -44,13 +44,16 @@ def make(folder: Path, method: str, **settings: object) -> Path:
             "up": {
                 "activations": 48_000_000,
                 "labels": 16_000,
+                "gradients": 0,
                 "evaluation": 12_000_000,
                 "weights": 0,
                 "control": 400,
                 "framing": 30_000,
             },
             "down": {
+                "activations": 0,
                 "gradients": 0 if dsl else 48_000_000,
+                "evaluation": 0,
                 "weights": 0,
                 "control": 7_000,
                 "framing": 2_000,

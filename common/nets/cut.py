@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from typing import TypeVar
 
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 
 from common.errors import ConfigError
 from common.nets.heads import Cut, Shape, build_head
-from common.nets.resnet import resnet
+from common.nets.resnet import Block, resnet
 from common.run import Run
 
 M = TypeVar("M", bound=nn.Module)
@@ -59,9 +59,13 @@ def build(run: Run) -> CutNet:
 
 
 def slices(layers: nn.Sequential, count: int) -> list[nn.Sequential]:
-    """So many slices of equal length, the last one perhaps shorter; they share the layers' weights."""
-    size = math.ceil(len(layers) / count)
-    return [layers[start : start + size] for start in range(0, len(layers), size)]
+    """So many slices of as many blocks each, the first ones of one more; they share the layers' weights.
+
+    A stem stays with the first blocks, a classifier with the last. count: at most the blocks there are.
+    """
+    ends = [index + 1 for index, layer in enumerate(layers) if isinstance(layer, Block)]
+    cuts = [ends[math.ceil(len(ends) * k / count) - 1] for k in range(1, count)]
+    return [layers[start:end] for start, end in pairwise([0, *cuts, len(layers)])]
 
 
 def shape_after(layers: nn.Module, shape: Shape) -> Shape:
@@ -118,11 +122,11 @@ def _heads_between(
 ) -> list[nn.Module]:
     """A head for each slice of the layers but the last. Raises ConfigError if there are too few layers."""
     count: int = getattr(run, setting)
-    parts = slices(layers, count)
-    if len(parts) != count:
+    blocks = sum(isinstance(layer, Block) for layer in layers)
+    if count > max(1, blocks):
         flag = f"--{setting.replace('_', '-')}"
-        raise ConfigError(f"{flag} {count}: {len(layers)} layers do not make so many; choose fewer")
-    heads = []
+        raise ConfigError(f"{flag} {count}: there are {blocks} blocks to make modules of; choose fewer")
+    parts, heads = slices(layers, count), []
     for index, part in enumerate(parts[:-1]):
         shape = shape_after(part, shape)
         rest = [*chain.from_iterable(parts[index + 1 :]), *(following or ())]
