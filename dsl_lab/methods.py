@@ -5,29 +5,36 @@ import sys
 from typing import Any, get_args
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from common.methods import METHODS, arguments
 from common.methods.base import Gather, Method, Tail
 
 
 def show(console: Console) -> None:
-    """Prints the table. What it says of a method is read from the method, not written down again."""
-    table = Table("method", "settings", "goes up", "comes down", show_lines=True)
-    table.add_column("source", no_wrap=True)
+    """Prints the list. What it says of a method is read from the method, not written down again."""
     for name, make in METHODS.items():
-        settings = [_setting(key, *about) for key, about in arguments(make).items()]
         method = make()
-        table.add_row(
-            name,
-            "\n".join(settings) or "–",
-            goes_up(method),
-            comes_down(method),
-            source(make).removeprefix("https://"),
-        )
-    console.print(table)
+        settings = "  ".join(_setting(key, *about) for key, about in arguments(make).items())
+        facts = Table.grid(padding=(0, 1))
+        facts.add_column(width=6, style="dim")
+        facts.add_column(overflow="fold")
+        facts.add_row("up", goes_up(method))
+        facts.add_row("down", comes_down(method))
+        if settings:
+            facts.add_row("set", Text(settings))
+        facts.add_row("source", Text(source(make)))
+        console.print(Text(name, style="bold"), Text(title(make)), sep="  ", soft_wrap=True)
+        console.print(Padding(facts, (0, 0, 1, 4)))
     how = "Settings: dsl-server --method NAME --method-arg KEY=VALUE ..., or a file's [method] table."
     console.print(how, markup=False)
+
+
+def title(make: Any) -> str:
+    """What the method's file says first."""
+    return (sys.modules[make.__module__].__doc__ or "").splitlines()[0]
 
 
 def goes_up(method: Method) -> str:
@@ -68,4 +75,5 @@ def source(make: Any) -> str:
 
 def _setting(name: str, kind: Any, default: Any) -> str:
     choices = get_args(kind)
-    return f"{name}={default}" + (f" ({'|'.join(choices)})" if choices else "")
+    unbroken = "\u00a0"
+    return f"{name}={default}" + (f"{unbroken}({'|'.join(choices)})" if choices else "")

@@ -88,6 +88,18 @@ def test_a_wrong_setting_is_refused_with_what_is_right(method: str, setting: str
         build_method(small_run(method=method, method_arg=(setting,)))
 
 
+def test_a_setting_given_twice_is_refused() -> None:
+    with pytest.raises(ConfigError, match="h=...: given 2 times"):
+        build_method(small_run(method="cse-fsl", method_arg=("h=2", "h=3")))
+
+
+def test_modules_are_refused_where_a_method_learns_across_its_end() -> None:
+    with pytest.raises(ConfigError, match="--client-modules 2, --server-modules 1: csl learns across"):
+        settled(small_run(method="csl", client_modules=2))
+    with pytest.raises(ConfigError, match="--head infopro needs the images"):
+        settled(small_run(method="dsl", head="infopro", server_modules=2))
+
+
 def test_settings_reach_the_method() -> None:
     assert build_method(small_run(method="cse-fsl")).send_every == 5
     assert build_method(small_run(method="cse-fsl", method_arg=("h=3",))).send_every == 3

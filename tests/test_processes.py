@@ -74,7 +74,14 @@ def test_the_summary_has_the_layout_that_reports_read(tmp_path: Path) -> None:
     assert set(summary["wire"]) == {"up", "down", "socket"}
     kinds_up = {"activations", "labels", "gradients", "evaluation", "weights", "control", "framing"}
     assert set(summary["wire"]["up"]) == kinds_up
-    assert set(summary["wire"]["down"]) == {"activations", "gradients", "evaluation", "weights", "control", "framing"}
+    assert set(summary["wire"]["down"]) == {
+        "activations",
+        "gradients",
+        "evaluation",
+        "weights",
+        "control",
+        "framing",
+    }
     assert set(summary["seconds"]["client"]) == {"forward", "backward", "encode", "wait"}
     assert set(summary["seconds"]["server"]) == {"forward", "backward", "decode", "idle"}
     assert summary["cut_shape"] == [16, 32, 32]

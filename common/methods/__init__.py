@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, get_args, get_type_hints
@@ -47,7 +48,11 @@ def build_method(run: Run) -> Method:
     if run.method not in METHODS:
         raise ConfigError(f"--method {run.method!r}: choose from {', '.join(METHODS)}")
     make = METHODS[run.method]
-    return make(**dict(_setting(run.method, arguments(make), text) for text in run.method_arg))
+    settings = [_setting(run.method, arguments(make), text) for text in run.method_arg]
+    for name, count in Counter(name for name, _ in settings).items():
+        if count > 1:
+            raise ConfigError(f"--method-arg {name}=...: given {count} times; say it once")
+    return make(**dict(settings))
 
 
 def settled(run: Run) -> Run:
