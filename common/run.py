@@ -182,12 +182,6 @@ class Run:
             raise ConfigError(f"--momentum {self.momentum} is not in [0, 1)")
         if not 0 <= self.round_timeout < math.inf:
             raise ConfigError(f"--round-timeout {self.round_timeout} is not a number of seconds from 0 on")
-        if self.quorum > self.clients:
-            raise ConfigError(f"--quorum {self.quorum} is above --clients {self.clients}")
-        if self.sync == "relay" and self.least_clients < self.clients:
-            raise ConfigError(
-                f"--quorum {self.quorum}: a relay needs all of its {self.clients} clients; leave the flag out"
-            )
         if min(self.image_shape) < 1:
             raise ConfigError(f"--image {' '.join(map(str, self.image_shape))} has an empty side")
         if not self.name or set(self.name) - _NAME_CHARACTERS:

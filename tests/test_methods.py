@@ -100,6 +100,19 @@ def test_modules_are_refused_where_a_method_learns_across_its_end() -> None:
         settled(small_run(method="dsl", head="infopro", server_modules=2))
 
 
+def test_a_quorum_of_more_than_all_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--quorum 2 is above --clients 1"):
+        settled(small_run(quorum=2))
+    assert settled(small_run(quorum=2, clients=2)).least_clients == 2
+
+
+def test_a_relay_cannot_go_on_without_a_client() -> None:
+    says = "--quorum 2: a relay needs all of its 3 clients; leave the flag out"
+    with pytest.raises(ConfigError, match=says):
+        settled(small_run(clients=3, quorum=2, sync="relay"))
+    assert settled(small_run(clients=3, quorum=3, sync="relay")).least_clients == 3
+
+
 def test_settings_reach_the_method() -> None:
     assert build_method(small_run(method="cse-fsl")).send_every == 5
     assert build_method(small_run(method="cse-fsl", method_arg=("h=3",))).send_every == 3

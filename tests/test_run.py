@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +232,6 @@ NAN, INF = float("nan"), float("inf")
         ("outbox", 0, "--outbox 0 is below 1"),
         ("inbox", 0, "--inbox 0 is below 1"),
         ("quorum", -1, "--quorum -1 is below 0"),
-        ("quorum", 2, "--quorum 2 is above --clients 1"),
         ("round_timeout", -1.0, "--round-timeout -1.0 is not a number of seconds from 0 on"),
         ("round_timeout", INF, "--round-timeout inf"),
         ("round_timeout", NAN, "--round-timeout nan"),
@@ -274,11 +274,10 @@ def test_a_wrong_value_is_refused_by_name(setting: str, value: Any, says: str) -
     assert says in str(caught.value)
 
 
-def test_a_relay_cannot_go_on_without_a_client() -> None:
-    says = "--quorum 2: a relay needs all of its 3 clients; leave the flag out"
-    with pytest.raises(ConfigError, match=says):
-        Run(clients=3, quorum=2, sync="relay")
-    assert Run(clients=3, quorum=3, sync="relay").least_clients == 3
+def test_a_file_may_leave_the_clients_of_its_quorum_to_a_flag(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("quorum = 2")
+    assert replace(defaults_from(file, None), clients=3).least_clients == 2
 
 
 @pytest.mark.parametrize("scheme", ["dirichlet:0.1", "dirichlet:1e6", "dirichlet:1e7", "dirichlet:1e300"])

@@ -56,7 +56,10 @@ def build_method(run: Run) -> Method:
 
 
 def settled(run: Run) -> Run:
-    """The run with `sync` as the method has it. Raises ConfigError where the run says otherwise."""
+    """The run with `sync` as the method has it. Raises ConfigError where settings contradict each other.
+
+    (A Run alone is not the place: one made of a file is not whole before the flags are read.)
+    """
     method = build_method(run)
     if max(run.client_modules, run.server_modules) > 1 and not method.modular:
         raise ConfigError(
@@ -65,12 +68,16 @@ def settled(run: Run) -> Run:
         )
     if run.head == "infopro" and run.server_modules > 1:
         raise ConfigError("--head infopro needs the images, which the server has not: --server-modules 1")
-    needed = method.sync
-    if run.sync == "auto":
-        return replace(run, sync=needed or "none")
-    if needed and run.sync != needed:
-        raise ConfigError(f"--sync {run.sync}: {run.method} needs {needed}; leave the flag out")
-    return run
+    if method.sync and run.sync not in ("auto", method.sync):
+        raise ConfigError(f"--sync {run.sync}: {run.method} needs {method.sync}; leave the flag out")
+    sync = (method.sync or "none") if run.sync == "auto" else run.sync
+    if run.quorum > run.clients:
+        raise ConfigError(f"--quorum {run.quorum} is above --clients {run.clients}")
+    if sync == "relay" and run.least_clients < run.clients:
+        raise ConfigError(
+            f"--quorum {run.quorum}: a relay needs all of its {run.clients} clients; leave the flag out"
+        )
+    return replace(run, sync=sync)
 
 
 def arguments(make: Callable[..., Method]) -> dict[str, tuple[Any, Any]]:
