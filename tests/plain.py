@@ -2,8 +2,9 @@
 system's own in one thread; and what references in plain torch are made of."""
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import zip_longest
 from typing import Any, TypeVar
 
@@ -24,6 +25,7 @@ M = TypeVar("M", bound=nn.Module)
 Turn = tuple[int, Tensor, Tensor]  # a client's index, its images and their labels
 
 UNEQUAL = (20, 18, 11)  # 5, 5 and 3 batches of 4: short last ones, and a client that is ready first
+ALONE = UNEQUAL[1:2]
 EQUAL = (20, 20, 20)
 
 
@@ -70,6 +72,7 @@ class Trained:
     clients: Sequence[ClientPart]
     tops: list[nn.Module]
     answers: Sequence[Answer]
+    servers: Sequence[ServerPart] = ()
 
     @property
     def bottoms(self) -> list[nn.Module]:
@@ -84,18 +87,24 @@ class Trained:
         return [*self.bottoms, *self.heads, *self.tops]
 
 
-def trained(run: Run, data: Sequence[Batches], norm: bool = False) -> Trained:
-    """All epochs, as the real system has them. test_transparency.py shows that it has."""
+def trained(
+    run: Run, data: Sequence[Batches], norm: bool = False, make: Callable[[], CutNet] | None = None
+) -> Trained:
+    """All epochs, as the real system has them. test_transparency.py shows that it has.
+
+    make: another network than this file's.
+    """
     method, answers = build_method(run), list[Answer]()
+    make = make or partial(network, norm)
 
     def noted(part: ServerPart, group: Sequence[Received]) -> Answer:
         answers.append(method.server_step(part, group))
         return answers[-1]
 
-    clients = [client_part(run, method, network(norm), CPU) for _ in data]
-    hosting = Hosting(run, replace(method, server_step=noted), server_part(run, method, network(norm), CPU))
+    clients = [client_part(run, method, make(), CPU) for _ in data]
+    hosting = Hosting(run, replace(method, server_step=noted), server_part(run, method, make(), CPU))
     federate(run, method, clients, hosting, data)
-    return Trained(clients, [part.top for part in hosting.parts], answers)
+    return Trained(clients, [part.top for part in hosting.parts], answers, hosting.parts)
 
 
 # ---------------------------------------------------------------- what references are made of
@@ -135,7 +144,8 @@ def mean_into(modules: Sequence[nn.Module], samples: Sequence[int]) -> None:
     states = [module.state_dict() for module in modules]
     for name, tensor in states[0].items():
         if tensor.is_floating_point():
-            mean = sum(n * state[name] for n, state in zip(samples, states, strict=True)) / sum(samples)
+            weighted = [n * state[name].double() for n, state in zip(samples, states, strict=True)]
+            mean = torch.stack(weighted).sum(0) / sum(samples)
         else:
             mean = torch.stack([state[name] for state in states]).max()
         for state in states:

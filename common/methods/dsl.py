@@ -7,7 +7,8 @@ What is sent is z before the client's update. With parts averaged (`--sync avera
 local-loss split learning of Han et al. 2021.
 
 lambda_ > 0 (the paper's discussion): the client's loss is L_aux + lambda_ * L on every q-th batch, for
-which the server's dL/dz comes back; on the others still nothing does.
+which the server's dL/dz comes back; on the others still nothing does. Where the server's end is cut
+again, L is its first module's loss: that of no other has a derivative at the cut.
 
 `--client-modules J`, `--server-modules K` cut each end again into modules that learn from heads of their
 own, one after the other, so that only one's activations are held at a time. With 4, 3, 2 modules in all
