@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from common.errors import ConfigError
 from common.methods import build_method, settled
 from common.methods.base import ClientPart, Part, Received, ServerPart, run_step
-from common.nets.cut import build, initialise
-from common.nets.resnet import resnet
+from common.nets.cut import build, initialise, slices
+from common.nets.resnet import Block, resnet
 from common.parts import client_part, server_part, state_of
 from common.run import Run
 from tests.federation import CPU, Batches, small_run
@@ -35,8 +35,8 @@ from tests.plain import (
     trained,
 )
 
-# ResNet-8 is a stem, three blocks and a classifier: of each module, the layer after its last one.
-CUTS = [("1", (1, 2), (4, 5)), ("1", (2,), (3, 4, 5)), ("2", (2, 3), (5,)), ("2", (1, 2, 3), (4, 5))]
+# ResNet-14 is a stem, six blocks and a classifier: of each module, the layer after its last one.
+CUTS = [("2", (2, 3), (5, 8)), ("1", (2,), (5, 8)), ("3", (3, 4), (5, 6, 8)), ("4", (2, 3, 4, 5), (8,))]
 
 BINARY = (20, 8, 4)  # weights of 5/8, 1/4 and 1/8, which round nothing: averages too are the same to the bit
 
@@ -49,7 +49,7 @@ def test_every_module_learns_from_its_own_head_and_nothing_else(
     split: str, client_ends: Sequence[int], server_ends: Sequence[int], samples: Sequence[int], sync: str
 ) -> None:
     modules = {"client_modules": len(client_ends), "server_modules": len(server_ends)}
-    run = plain_run("dsl", len(samples), split=split, head="conv", sync=sync, **modules)
+    run = plain_run("dsl", len(samples), model="resnet14", split=split, head="conv", sync=sync, **modules)
     data = shares(run, samples)
     ours = trained(run, data, make=partial(build, run))
 
@@ -88,12 +88,12 @@ def test_every_module_learns_from_its_own_head_and_nothing_else(
 def test_with_lambda_the_last_module_here_learns_from_the_first_ones_loss_there() -> None:
     """It is the only one of the server's losses that has a derivative at the cut."""
     settings = {"client_modules": 2, "server_modules": 2, "method_arg": ("lambda_=0.5",), "lr": 0.02}
-    run = plain_run("dsl", 1, **settings)
+    run = plain_run("dsl", 1, model="resnet14", split="2", **settings)
     (data,) = shares(run, ALONE)
     ours = trained(run, [data], make=partial(build, run))
 
     net = build(run)
-    bodies = [net.bottom[:1], net.bottom[1:], net.top[:2], net.top[2:]]
+    bodies = [net.bottom[:2], net.bottom[2:], net.top[:2], net.top[2:]]
     heads = [*net.bottom_heads, net.head, *net.top_heads, nn.Identity()]
     stages = [nn.ModuleList(pair) for pair in zip(bodies, heads, strict=True)]
     moves = [optimizer_of(run, stage) for stage in stages]
@@ -153,7 +153,8 @@ def named(part: str, module: nn.Module) -> dict[str, Tensor]:
 
 
 def test_more_modules_add_heads_and_change_no_first_weight() -> None:
-    one, more = small_run(method="dsl", seed=4), small_run(client_modules=2, server_modules=3, seed=4)
+    alike = {"model": "resnet14", "split": "2", "seed": 4}
+    one, more = small_run(**alike), small_run(client_modules=2, server_modules=3, **alike)
     added = [{"heads.0"}, {"heads.0", "heads.1"}]
     for part, cut, heads in zip(ends_of(one), ends_of(more), added, strict=True):
         before, after = state_of(part, momentum=False), state_of(cut, momentum=False)
@@ -211,8 +212,9 @@ def deep(**modules: int) -> Run:
 # A block's graph holds 4 maps beside its input: both convolutions' outputs, and both ReLUs'. The stem's
 # holds 2 beside the image, which is 3/16 of a map. In the second stage a map is half as large, in the
 # third a quarter. The heads, one pool and one linear layer, hold next to nothing.
-CLIENT = {1: 3 / 16 + 2 + 9 * 4, 2: 1 + 5 * 4, 5: 1 + 2 * 4, 10: 1 + 4}
-SERVER = {1: 1 + 9 * 2 + 9, 2: 1 + 9 * 2 + 1, 4: 1 + 5 * 2, 10: 1 + 2 * 2}  # the first is the largest
+# The first module is the largest.
+CLIENT = {modules: 3 / 16 + 2 + blocks * 4 for modules, blocks in ((1, 9), (2, 5), (5, 2), (9, 1))}
+SERVER = {1: 1 + 9 * 2 + 9, 2: 1 + 9 * 2, 4: 1 + 5 * 2, 10: 1 + 2 * 2}
 
 
 @pytest.mark.parametrize(("modules", "maps"), CLIENT.items())
@@ -234,6 +236,28 @@ def test_a_server_holds_the_activations_of_one_module_at_a_time(modules: int, ma
 
 
 # ---------------------------------------------------------------- what may be cut
+
+
+@pytest.mark.parametrize(("setting", "blocks"), [("client_modules", 1), ("server_modules", 2)])
+def test_there_are_no_more_modules_than_blocks(setting: str, blocks: int) -> None:
+    """ResNet-8 cut after its first block."""
+    build(small_run(**{setting: blocks}))
+    says = f"--{setting.replace('_', '-')} {blocks + 1}: there are {blocks} blocks to make modules of"
+    with pytest.raises(ConfigError, match=says):
+        build(small_run(**{setting: blocks + 1}))
+
+
+# Blocks of ResNet-110's modules where the authors' code has 15, 15, 12 and 20, 17: the first is the largest.
+@pytest.mark.parametrize(
+    ("split", "count", "expected"), [("s", 3, [14, 14, 14]), ("m", 2, [19, 18]), ("d", 1, [28])]
+)
+def test_the_paper_s_server_is_cut_into_modules_of_as_many_blocks(
+    split: str, count: int, expected: list[int]
+) -> None:
+    net = build(Run(model="resnet110", split=split, server_modules=count))
+    parts = slices(net.top, count)
+    assert [sum(isinstance(layer, Block) for layer in part) for part in parts] == expected
+    assert len(net.top_heads) == count - 1
 
 
 @pytest.mark.parametrize("method", ["csl", "fsl-sage", "ampere", "ushape", "fedavg"])
