@@ -126,7 +126,8 @@ class Run:
     """Go on without clients that are lost as long as so many of the run's remain; 0: all."""
     round_timeout: float = 0.0
     """In fixed order: seconds that batches wait for a client that is late, if the others are a quorum; 0:
-    as long as it takes. Such a run repeats bit for bit only if nobody is late."""
+    as long as it takes. Such a run repeats bit for bit only if nobody is late. ushape: seconds for which
+    the server waits for a gradient; then that client is lost."""
 
     def __post_init__(self) -> None:
         self._check()  # raises ConfigError, naming the value and what is allowed

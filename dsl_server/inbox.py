@@ -21,7 +21,8 @@ How the lanes are served:
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,12 +53,19 @@ class ThroughTail:
         self.gradient: Future[Tensor] = Future()
 
     def __call__(self, output: Tensor) -> Tensor:
-        self.output.set_result(output)
+        with suppress(InvalidStateError):  # it has failed: the client has gone
+            self.output.set_result(output)
         return self.gradient.result()
+
+    def give(self, gradient: Tensor) -> None:
+        """Raises why nobody waits for it any more."""
+        with suppress(InvalidStateError):
+            self.gradient.set_result(gradient)
+        self.gradient.result()
 
     def fail(self, error: BaseException) -> None:
         for side in (self.output, self.gradient):
-            if not side.done():
+            with suppress(InvalidStateError):  # it is done, or another thread was faster
                 side.set_exception(error)
 
 
@@ -121,6 +129,7 @@ class Inbox:
     ) -> None:
         self._lanes: list[deque[Item]] = [deque() for _ in range(clients)]
         self._tick: deque[Work] = deque()  # taken from the lanes, not yet served
+        self._served: Work = ()  # what was given last
         self._to_join = set(range(clients))
         self._members = set(range(clients))  # those that have not left and are not lost
         self._lost: dict[int, ClosedError] = {}  # client to reason
@@ -166,8 +175,10 @@ class Inbox:
             self._members.discard(client)
             left = list(self._lanes[client])
             self._lanes[client].clear()
+            taken = [item for work in (self._served, *self._tick) for item in answered(work)]
             self._changed.notify_all()
         _fail(left, reason)
+        _end_waits([item for item in taken if item.client == client], reason)
 
     def close(self, reason: ClosedError) -> None:
         """Wakes everyone: `put` raises the reason from now on, and so does every waiting answer."""
@@ -175,11 +186,13 @@ class Inbox:
             self._closed = self._closed or reason
             left = [item for lane in self._lanes for item in lane]
             left += [item for work in self._tick for item in answered(work)]
+            served = answered(self._served)
             self._tick.clear()
             for lane in self._lanes:
                 lane.clear()
             self._changed.notify_all()
         _fail(left, self._closed)
+        _end_waits(served, self._closed)
 
     def __iter__(self) -> Iterator[Work]:
         """Groups to train on and errands, until every member has left or it is closed.
@@ -197,7 +210,8 @@ class Inbox:
                     return None
                 self._tick.extend(self._in_order() if self._fixed_order else self._as_they_come())
                 self._changed.notify_all()
-            return self._tick.popleft()
+            self._served = self._tick.popleft()
+            return self._served
 
     def _wait(self) -> None:
         """Until there is something to take: a whole tick, or what is there of it when its time is up."""
@@ -272,3 +286,10 @@ def _fail(items: Sequence[Item], reason: ClosedError) -> None:
     for item in items:
         if not isinstance(item, EpochEnd):
             item.answer.set_exception(reason)
+
+
+def _end_waits(taken: Sequence[Job | Errand], reason: ClosedError) -> None:
+    """Of the trainer, for gradients of batches that it has taken."""
+    for item in taken:
+        if isinstance(item, Job):
+            item.through_tail.fail(reason)

@@ -131,6 +131,8 @@ class Rounds:
             self._wait_until_received(member, first_sequence - 1)
             self._changed.wait_for(lambda: self._over(member) or not member.receiving)
             self._check_open(member)
+            if member.left:
+                raise RefusedError(f"{member} has left")
             self.expect(member, first_sequence)
             member.receiving = True
 

@@ -60,7 +60,8 @@ class Server:
         for layers in [*(stage.layers for stage in self.part.inner), self.part.outermost]:
             self._clock.module("forward", layers)
         self.hosting = Hosting(run, self.method, self.part)
-        together = self.method.gather is Gather.ALL or self.method.copies or run.fixed_order
+        rounds = self.method.copies or self.method.round_step is not None  # something is done at their end
+        together = self.method.gather is Gather.ALL or rounds or run.fixed_order
         in_turn = together and run.sync != "relay"  # whose turns are an order already
         self.inbox = Inbox(
             run.clients, run.inbox, in_turn, self.method.gather, run.round_timeout, run.least_clients

@@ -2,6 +2,7 @@
 
 import math
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -96,7 +97,7 @@ class Service:
         for job in self._batches(requests):
             self._inbox.put(job)
             if self._method.tail is Tail.LAST:
-                yield from _through_tail(job, requests)
+                yield from self._through_tail(job, requests)
             if job.wanted:
                 trained = job.answer.result()
                 yield from codec.pack_gradient(pb.TrainResponse, job.sequence, trained.gradient, trained.loss)
@@ -147,6 +148,7 @@ class Service:
             if self._method.tail is Tail.ALL:
                 raise WireError(f"{self._method.name} has the whole network at the client: send its score")
             sequence, batch = self._unpack(first, requests)
+            samples += len(batch.z)
             if self._method.tail is Tail.LAST:
                 do = partial(Hosting.output, z=batch.z)
                 output = self._errand(member, "score a batch", do).result()
@@ -154,8 +156,9 @@ class Service:
             else:
                 do = partial(Hosting.score, z=batch.z, y=batch.y)
                 scores.append(self._errand(member, "score a batch", do))
-                samples += len(batch.z)
         score = _score(samples, scores) if self._method.tail is Tail.NONE else closing.score
+        if self._method.tail is Tail.LAST and score.samples != samples:
+            raise WireError(f"a score of {score.samples} images: {samples} were sent")
         evaluation = _evaluation(score, closing)
         try:
             self._record.evaluated(member.client, opening.epoch, evaluation)
@@ -170,10 +173,44 @@ class Service:
         if request.failure:
             self._rounds.lost(member, f"failed: {request.failure[:500]!r}")
             return pb.LeaveResponse()
+        if member.receiving and self._method.tail is Tail.LAST:
+            raise RefusedError(f"{member} has not finished its segment: the trainer may wait for a gradient")
         self._record.left(request.measurements)
         self._inbox.leave(member.client)
         self._rounds.leave(member)
         return pb.LeaveResponse()
+
+    def _through_tail(self, job: Job, requests: Pieces) -> Iterator[Piece[pb.TrainResponse]]:
+        """Gives the client the batch's output, and the trainer the gradient that comes for it.
+
+        Meanwhile the trainer waits; with a round timeout a client that takes longer is lost.
+        """
+        tail, timeout = job.through_tail, self._run.round_timeout
+        job.answer.add_done_callback(lambda answer: tail.fail(answer.exception() or _TRAINED))
+        late = threading.Timer(min(timeout, threading.TIMEOUT_MAX), self._lose, [job.client])
+        late.daemon = True
+        try:
+            output = tail.output.result()
+            if timeout:
+                late.start()
+            yield from codec.pack_output(pb.TrainResponse, job.sequence, output)
+            first = next(requests, None)
+            if first is None:
+                raise WireError(f"the stream ended before the gradient of batch {job.sequence}")
+            gradient, _ = codec.unpack_gradient(first, requests, job.sequence, tuple(output.shape))
+            if gradient is None:
+                raise WireError(f"batch {job.sequence} has an output without a gradient")
+            tail.give(gradient)
+        finally:
+            late.cancel()
+            tail.fail(ClosedError(f"client {job.client} gave no gradient for batch {job.sequence}"))
+
+    def _lose(self, client: int) -> None:
+        member = self._rounds.members()[client]
+        self._rounds.lost(
+            member,
+            f"kept the others waiting for more than {self._run.round_timeout:g} s: raise --round-timeout",
+        )
 
     def _batches(self, requests: Pieces) -> Iterator[Job]:
         """The jobs of one segment, each checked; raises WireError unless it holds what it declared."""
@@ -293,21 +330,6 @@ def _settled(job: Job | None) -> int:
     assert job is not None, "a segment holds at least one batch"
     job.answer.result()  # the lane keeps the order: those before it were trained on before
     return job.sequence
-
-
-def _through_tail(job: Job, requests: Pieces) -> Iterator[Piece[pb.TrainResponse]]:
-    """Gives the client the batch's output, and the trainer the gradient that comes for it."""
-    tail = job.through_tail
-    job.answer.add_done_callback(lambda answer: tail.fail(answer.exception() or _TRAINED))
-    try:
-        output = tail.output.result()
-        yield from codec.pack_output(pb.TrainResponse, job.sequence, output)
-        gradient, _ = codec.unpack_gradient(_first(requests), requests, job.sequence, tuple(output.shape))
-        if gradient is None:
-            raise WireError(f"batch {job.sequence} has an output without a gradient")
-        tail.gradient.set_result(gradient)
-    finally:
-        tail.fail(ClosedError(f"client {job.client} gave no gradient for batch {job.sequence}"))
 
 
 def _score(samples: int, scores: Sequence[Future[Any]]) -> pb.Score:

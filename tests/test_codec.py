@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from common.errors import WireError
@@ -442,3 +444,137 @@ def test_weights_of_a_huge_or_empty_shape_are_refused_unallocated(side: int) -> 
     first = Piece(pb.SyncWeightsRequest(weights=head))
     with pytest.raises(WireError, match=r"w: shape .*; the run needs \[2, 2\]"):
         codec.unpack_weights(first, iter([]), {"w": (torch.float32, (2, 2))})
+
+
+# ---------------------------------------------------------------- where the client has the last layers
+
+BARE = BatchSpec(SPEC.cut_shape, SPEC.batch_size, SPEC.classes, labels=False, output_shape=(4, 3))
+SHAPES = st.lists(st.integers(1, 5), max_size=4).map(tuple)
+KINDS = {
+    "output": (pb.TrainResponse, pb.EvaluateResponse),
+    "gradient": (pb.TrainRequest, pb.TrainResponse),
+}
+
+
+def cut_at(pieces: Iterator[Piece[Any]], kind: type[Any], cuts: list[int]) -> list[Piece[Any]]:
+    """The same frame, its data cut at these places instead."""
+    first, *rest = pieces
+    data = b"".join(chunk for piece in (first, *rest) for chunk in piece.chunks)
+    edges = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
+    parts = [[memoryview(data)[i:j]] for i, j in itertools.pairwise(edges)]
+    heads = [first.head, *(kind() for _ in parts[1:])]
+    again = (Piece(head, part) for head, part in zip(heads, parts, strict=True))
+    return over_the_wire(again, kind)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    what=st.sampled_from(["output", "gradient"]),
+    which=st.integers(0, 1),
+    shape=SHAPES,
+    sequence=st.integers(0, 2**64 - 1),
+    cuts=st.lists(st.integers(0, 3000), max_size=6),
+    seed=st.integers(0, 99),
+)
+def test_an_output_and_a_gradient_come_out_of_any_pieces_with_equal_bits(
+    what: str, which: int, shape: tuple[int, ...], sequence: int, cuts: list[int], seed: int
+) -> None:
+    kind = KINDS[what][which]
+    sent = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    if what == "output":
+        first, *rest = cut_at(codec.pack_output(kind, sequence, sent), kind, cuts)
+        pieces = iter(rest)
+        got: Tensor | None = codec.unpack_output(first, pieces, sequence, shape)
+    else:
+        first, *rest = cut_at(codec.pack_gradient(kind, sequence, sent), kind, cuts)
+        pieces = iter(rest)
+        got, loss = codec.unpack_gradient(first, pieces, sequence, shape)
+        assert loss == 0
+    assert got is not None
+    assert same_bits(got, sent)
+    assert next(pieces, None) is None, "the whole frame was read, and nothing after it"
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    samples=st.integers(1, 8),
+    sequence=st.integers(0, 2**64 - 1),
+    cuts=st.lists(st.integers(0, 1000), max_size=6),
+    kind=st.sampled_from([pb.TrainRequest, pb.EvaluateRequest]),
+)
+def test_a_batch_without_labels_comes_out_of_any_pieces_with_equal_bits(
+    samples: int, sequence: int, cuts: list[int], kind: type[Any]
+) -> None:
+    sent = batch(samples, seed=samples)
+    packed = list(codec.pack_batch(kind, sequence, sent, BARE))
+    assert sum(piece.size for piece in packed) == samples * 120, "not a byte of the labels"
+    assert not packed[0].head.batch.HasField("labels")
+    number, got = unpacked(cut_at(iter(packed), kind, cuts), BARE)
+    assert number == sequence
+    assert same_bits(got.z, sent.z)
+    assert (tuple(got.y.shape), got.y.dtype) == ((0,), torch.int64)
+
+
+def test_labels_where_they_stay_with_the_client_are_refused() -> None:
+    whole = list(codec.pack_batch(pb.TrainRequest, 7, batch(2), SPEC))
+    assert refusal(whole, BARE) == "batch 7 has labels; in this run they stay with the client"
+    empty = frame(data=bytes(240))
+    empty[0].head.batch.labels.CopyFrom(pb.TensorSpec())
+    assert "has labels" in refusal(empty, BARE)
+
+
+@pytest.mark.parametrize("piece_bytes", [10, 24, 50, 1 << 20])
+@pytest.mark.parametrize(
+    ("what", "kind", "mark"),
+    [
+        ("gradient", pb.TrainRequest, "of_gradient"),
+        ("gradient", pb.TrainResponse, None),
+        ("output", pb.TrainResponse, "of_output"),
+        ("output", pb.EvaluateResponse, None),
+    ],
+)
+def test_pieces_that_go_on_with_what_is_less_usual_in_their_direction_are_marked(
+    what: str, kind: type[Any], mark: str | None, piece_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codec, "PIECE_BYTES", piece_bytes)
+    pack = codec.pack_output if what == "output" else codec.pack_gradient
+    first, *rest = over_the_wire(pack(kind, 3, torch.ones(5, 6)), kind)
+    assert first.head.WhichOneof("head") == what
+    assert (len(rest) > 0) == (piece_bytes < 120)
+    for piece in rest:
+        assert piece.head == (kind(**{mark: True}) if mark else kind())
+
+
+def output_refusal(pieces: list[Piece[Any]]) -> str:
+    first, *rest = pieces
+    with pytest.raises(WireError) as caught:
+        codec.unpack_output(first, iter(rest), 9, (2, 3))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("output", "sequence", "says"),
+    [
+        (torch.zeros(2, 3), 8, "the output of batch 8 came; that of batch 9 was due"),
+        (torch.zeros(3, 2), 9, "output: shape [3, 2]; the run needs [2, 3]"),
+        (torch.zeros(2, 3, dtype=torch.int64), 9, "output: dtype DTYPE_INT64; the run needs DTYPE_FLOAT32"),
+        (torch.full((2, 3), math.nan), 9, "the output of batch 9: NaN or infinite"),
+        (torch.full((2, 3), math.inf), 9, "the output of batch 9: NaN or infinite"),
+    ],
+)
+def test_an_output_that_is_not_the_one_due_is_refused(output: Tensor, sequence: int, says: str) -> None:
+    assert says in output_refusal(list(codec.pack_output(pb.TrainResponse, sequence, output)))
+
+
+def test_a_gradient_in_place_of_an_output_is_refused_and_the_other_way_about() -> None:
+    gradient = list(codec.pack_gradient(pb.TrainResponse, 9, torch.zeros(2, 3)))
+    output = list(codec.pack_output(pb.TrainResponse, 9, torch.zeros(2, 3)))
+    assert output_refusal(gradient) == "expected the beginning of a frame (output), got gradient"
+    assert gradient_refusal(output) == "expected the beginning of a frame (gradient), got output"
+
+
+@pytest.mark.usefixtures("nothing_is_allocated")
+@pytest.mark.parametrize("shape", [(2, HUGE), (HUGE, HUGE, HUGE), (-2, -3)])
+def test_a_wrong_shape_of_an_output_is_refused_unallocated(shape: tuple[int, ...]) -> None:
+    head = pb.Output(sequence=9, output=pb.TensorSpec(dtype=F32, shape=shape))
+    assert "output: shape" in output_refusal([Piece(pb.TrainResponse(output=head))])

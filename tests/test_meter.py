@@ -265,3 +265,54 @@ def test_any_thread_may_count() -> None:
 
 def test_the_peak_of_memory_is_at_least_what_torch_alone_takes() -> None:
     assert 50e6 < peak_bytes(torch.device("cpu")) < 1e12
+
+
+# ---------------------------------------------------------------- bytes, where the client has the last layers
+
+BARE = BatchSpec((3, 5, 2), 8, 10, labels=False, output_shape=(7,))
+
+
+@pytest.mark.parametrize("piece_bytes", [10, 50, 120, 1 << 20])
+def test_an_exchange_is_counted_by_kind_in_both_directions(
+    piece_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three samples: 120 bytes of activations and 28 of output each, and a gradient of either."""
+    monkeypatch.setattr(codec, "PIECE_BYTES", piece_bytes)
+    ours, theirs = Traffic(), Traffic()
+    z, u = torch.randn(3, 3, 5, 2), torch.randn(3, 7)
+    up = [
+        *codec.pack_batch(pb.TrainRequest, 1, Smashed(z, torch.zeros(0, dtype=torch.int64)), BARE),
+        *codec.pack_gradient(pb.TrainRequest, 1, u),
+    ]
+    down = [*codec.pack_output(pb.TrainResponse, 1, u), *codec.pack_gradient(pb.TrainResponse, 1, z)]
+    sizes = {}
+    for direction, kind, frames in (("up", pb.TrainRequest, up), ("down", pb.TrainResponse, down)):
+        write = ours.writing(rpc.TRAIN, direction, rpc.writer(kind, True))  # type: ignore[arg-type]
+        read = theirs.reading(rpc.TRAIN, direction, rpc.reader(kind, True))  # type: ignore[arg-type]
+        raw = [write(piece) for piece in frames]
+        for message in raw:
+            read(message)
+        sizes[direction] = sum(map(len, raw))
+    assert counted(ours) == {
+        "up/activations": 360,
+        "up/gradients": 84,
+        "up/framing": sizes["up"] - 444,
+        "down/activations": 84,
+        "down/gradients": 360,
+        "down/framing": sizes["down"] - 444,
+    }
+    assert ours.by_kind() == theirs.by_kind()
+    for direction, kinds in ours.by_kind().items():
+        assert sum(kinds.values()) == sizes[direction]
+
+
+@pytest.mark.parametrize("piece_bytes", [10, 1 << 20])
+def test_an_output_to_be_scored_is_evaluation(piece_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codec, "PIECE_BYTES", piece_bytes)
+    traffic = Traffic()
+    frame = codec.pack_output(pb.EvaluateResponse, 1, torch.randn(3, 7))
+    total = written(traffic, rpc.EVALUATE, pb.EvaluateResponse, "down", frame)
+    assert counted(traffic) == {"down/evaluation": 84, "down/framing": total - 84}
+    score: Piece[Any] = Piece(pb.EvaluateResponse(score=pb.Score(samples=3)))
+    control = written(traffic, rpc.EVALUATE, pb.EvaluateResponse, "down", [score])
+    assert counted(traffic)["down/control"] == control

@@ -13,6 +13,7 @@ from torch import Tensor
 from common.errors import ConfigError
 from common.methods import METHODS, build_method, settled
 from common.run import Sync
+from dsl_lab.methods import comes_down, goes_up, source
 from tests.federation import Batches, federation, small_run
 from tests.plain import (
     EQUAL,
@@ -267,3 +268,56 @@ def test_gapsl_that_keeps_every_client_sends_as_much_down_as_came_up(tmp_path: P
     data = [Batches(run, seed=0, samples=16)] * 2
     _, _, summary = federation(run, tmp_path, data)
     assert summary["wire"]["down"]["gradients"] == summary["wire"]["up"]["activations"] == 32 * SAMPLE
+
+
+LABELLED = "activations and labels of"
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "up", "down"),
+    [
+        ("dsl", (), f"{LABELLED} every batch", "nothing"),
+        ("dsl", ("lambda_=0.5",), f"{LABELLED} every batch", "a gradient a batch"),
+        ("dsl", ("lambda_=0.5", "q=3"), f"{LABELLED} every batch", "a gradient for one batch in 3"),
+        ("dsl", ("q=3",), f"{LABELLED} every batch", "nothing"),
+        ("csl", (), f"{LABELLED} every batch", "a gradient a batch"),
+        ("cse-fsl", ("h=3",), f"{LABELLED} one batch in 3, weights", "averaged weights"),
+        (
+            "fsl-sage",
+            ("q=2", "l=4"),
+            f"{LABELLED} one batch in 2, weights",
+            "averaged weights, a head every 4 epochs",
+        ),
+        ("ampere", (), f"{LABELLED} every image, once, at the end, weights", "averaged weights"),
+        (
+            "ushape",
+            (),
+            "activations of every batch; a gradient for each output",
+            "an output a batch, a gradient a batch",
+        ),
+        (
+            "ushape",
+            ("learning=dsl",),
+            "activations of every batch; a gradient for each output",
+            "an output a batch",
+        ),
+        ("fedavg", (), "weights", "averaged weights"),
+        (
+            "gapsl",
+            (),
+            f"{LABELLED} every batch",
+            "a gradient a batch, or a skip; in rounds of one batch a client",
+        ),
+    ],
+)
+def test_what_travels_in_words(method: str, settings: tuple[str, ...], up: str, down: str) -> None:
+    made = build_method(small_run(method=method, method_arg=settings))
+    assert (goes_up(made), comes_down(made)) == (up, down)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_can_say_what_travels_and_where_it_comes_from(method: str) -> None:
+    made = METHODS[method]()
+    assert goes_up(made)
+    assert comes_down(made)
+    assert source(METHODS[method]).startswith("https://")
