@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common.errors import ConfigError, SplitLearningError
 
-Setting = str | int | float | bool
+Setting = str | int | float | bool | Sequence[str]
 END_S = 15.0  # for the other processes, once one has ended the run
 
 
@@ -33,7 +33,7 @@ class Experiment:
 
     @property
     def clients(self) -> int:
-        return int(self.settings.get("clients", 1))
+        return int(str(self.settings.get("clients", 1)))
 
     @property
     def server_folder(self) -> Path:
@@ -141,6 +141,8 @@ def _flag(name: str, value: Setting) -> list[str]:
     flag = name.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{flag}" if value else f"--no-{flag}"]
+    if not isinstance(value, str | int | float):
+        return [f"--{flag}", *value]
     return [f"--{flag}", str(value)]
 
 

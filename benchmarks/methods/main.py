@@ -1,10 +1,12 @@
-"""Every method on the same network, images and budget of samples, with ten clients in real processes.
+"""Every method on the same network, images and budget of samples, with ten clients.
 
-2,000 training and 1,000 test images of CIFAR-10, ResNet-8 cut after its first block, batch 32, 10 epochs,
-no augmentation, dealt out alike (iid) and by a Dirichlet distribution (dirichlet:0.1), several seeds. Runs
-go seed by seed, so that stopping early leaves a whole table of fewer seeds. What has finished is kept in
---out and not repeated, unless its settings were others; so is what has failed: remove its folder to try
-it again.
+2,000 training and 1,000 test images of CIFAR-10, ResNet-8 cut after its second block, batch 16, 10 epochs,
+no augmentation, dealt out alike (iid) and by a Dirichlet distribution (dirichlet:0.1), several seeds.
+
+Seed 0 runs as a server and ten clients, each a process of its own: its bytes and seconds are measured. The
+other seeds run in one thread (dsl_lab.simulate), which gives the same weights bit for bit: the tests hold
+the real system to it, and `--check ROW` compares the two here. What has finished is kept in --out and not
+repeated, unless its settings were others; so is what has failed: remove its folder to try it again.
 
     python benchmarks/methods/main.py IMAGES.npz [--out runs/methods] [--seeds 3] [--only psl sglr] [--table]
 
@@ -13,6 +15,7 @@ IMAGES.npz holds train_images (N, 32, 32, 3) uint8, train_labels, test_images, t
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import shutil
@@ -20,7 +23,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -28,14 +32,24 @@ from typing import Any
 import grpc
 import torch
 
+from common.errors import SplitLearningError
+from common.methods import build_method, settled
+from common.methods.base import ClientPart
+from common.methods.hosting import Hosting
+from common.nets.cut import build
+from common.parts import client_part, server_part
+from common.run import defaults_from
+from dsl_client import batches as dealing
+from dsl_client import data
 from dsl_lab.launch import Experiment, LaunchError, Setting, launch
+from dsl_lab.simulate import federate
 
 COMMON: dict[str, Setting] = {
     "clients": 10,
     "model": "resnet8",
-    "split": "1",
+    "split": "2",
     "head": "strided",  # the best of benchmarks/accuracy
-    "batch_size": 32,
+    "batch_size": 16,
     "epochs": 10,
     "train_limit": 2000,
     "test_limit": 1000,
@@ -61,7 +75,14 @@ ROWS: dict[str, dict[str, Setting]] = {
     "dsl": {"method": "dsl"},
     "dsl-average": {"method": "dsl", "sync": "average"},
     "dsl-relay": {"method": "dsl", "sync": "relay"},
+    "dsl-lambda": {"method": "dsl", "sync": "average", "method_arg": ["lambda_=0.5", "q=2"]},
+    "dsl-modules": {"method": "dsl", "sync": "average", "client_modules": 2, "server_modules": 2},
     "cse-fsl": {"method": "cse-fsl"},
+    "fsl-sage": {"method": "fsl-sage", "method_arg": ["l=2"]},
+    "ampere": {"method": "ampere", "method_arg": ["server_batch=16"]},
+    "ushape": {"method": "ushape", "sync": "average"},
+    "ushape-dsl": {"method": "ushape", "sync": "average", "method_arg": ["learning=dsl"]},
+    "fedavg": {"method": "fedavg"},
 }
 # What the papers say: the partition, who is above, who is below.
 CLAIMS = (
@@ -125,6 +146,68 @@ def run(folder: Path, settings: Mapping[str, Setting]) -> Result:
     return result
 
 
+def simulated(folder: Path, settings: Mapping[str, Setting]) -> Result:
+    """The same run in one thread, with nothing between clients and server; only its accuracy counts."""
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    try:
+        result = Result(settings, accuracy=_simulated(settings), whole=time.perf_counter() - start)
+    except SplitLearningError as error:
+        result = Result(settings, failed=str(error), whole=time.perf_counter() - start)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "result.json").write_text(json.dumps(asdict(result), indent=1))
+    return result
+
+
+def _simulated(settings: Mapping[str, Setting]) -> float:
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    given["method_arg"] = (arg,) if isinstance(arg := given.get("method_arg", ()), str) else arg
+    run = settled(replace(defaults_from(None, None), **given))
+    method, cpu = build_method(run), torch.device("cpu")
+    train, test = (
+        dealing.limited(images, limit, run.seed)
+        for images, limit in zip(
+            data.load(run.data, run.image_shape, run.class_count),
+            (run.train_limit, run.test_limit),
+            strict=True,
+        )
+    )
+    shares = dealing.partition(train.labels, run.partition, run.clients, run.seed)
+    batches = [
+        dealing.Batches(
+            train, mine, run.batch_size, seed=run.seed, client=client, augment=run.augment, device=cpu
+        )
+        for client, mine in enumerate(shares)
+    ]
+    clients = [client_part(run, method, build(run), cpu) for _ in shares]
+    hosting = Hosting(run, method, server_part(run, method, build(run), cpu))
+    federate(run, method, clients, hosting, batches)
+    scored = clients if run.sync == "none" else clients[-1:]  # else the parts are one and the same
+    exam = dealing.Batches(test, None, run.batch_size, seed=run.seed, shuffle=False, device=cpu)
+    right = sum(_right(part, hosting, x, y) for part in scored for x, y in exam.epoch(0))
+    return right / (len(scored) * exam.samples)
+
+
+@torch.no_grad()
+def _right(part: ClientPart, hosting: Hosting, x: torch.Tensor, y: torch.Tensor) -> int:
+    for module in part.modules.values():
+        module.eval()
+    u = hosting.output(part.bottom(x))
+    logits = u if part.tail is None else part.tail(u)
+    return int((logits.argmax(1) == y).sum())
+
+
+def check(images: Path, out: Path, rows: Iterable[str]) -> None:
+    """Runs seed 0 of these rows in one thread too, and tells whether the accuracies are the same."""
+    for row in rows:
+        for partition in PARTITIONS:
+            settings = settings_of(images, row, partition, 0)
+            real = kept_or_run(folder_of(out, row, partition, 0), settings)
+            alone = simulated(folder_of(out / "simulated", row, partition, 0), settings)
+            verdict = "the same" if real.accuracy == alone.accuracy else "NOT the same"
+            print(f"{row}, {partition}: {real.accuracy} and {alone.accuracy}: {verdict}")
+
+
 def _numbers(summary: Mapping[str, Any]) -> dict[str, Any]:
     bytes_of = {
         way: sum(n for kind, n in summary["wire"][way].items() if kind != "evaluation")
@@ -161,10 +244,19 @@ def collect(
 def kept_or_run(folder: Path, settings: Mapping[str, Setting]) -> Result:
     result = finished(folder, settings)
     if result is None:
-        result = run(folder, settings)
+        result = run(folder, settings) if settings["seed"] == 0 else simulated(folder, settings)
         outcome = result.failed or f"accuracy {result.accuracy:.3f}"
         print(f"{'/'.join(folder.parts[-3:])}: {outcome}, {result.whole:.0f} s", file=sys.stderr, flush=True)
     return result
+
+
+def simulate_all(images: Path, out: Path, seeds: int, rows: Sequence[str]) -> None:
+    """All that runs in one thread, on all cores; nothing is timed meanwhile."""
+    places = [(row, p, seed) for seed in range(1, seeds) for p in PARTITIONS for row in rows]
+    folders = [folder_of(out, *place) for place in places]
+    settings = [settings_of(images, *place) for place in places]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(kept_or_run, folders, settings))
 
 
 # ---------------------------------------------------------------- the table
@@ -184,7 +276,10 @@ def table(results: Results) -> Iterator[str]:
 
 def _settings(row: str) -> str:
     """As flags of dsl-server."""
-    flags = (f"--{name.replace('_', '-')} {value}" for name, value in ROWS[row].items())
+    flags = (
+        f"--{name.replace('_', '-')} {' '.join(value) if isinstance(value, list) else value}"
+        for name, value in ROWS[row].items()
+    )
     return f"`{' '.join(flags)}`"
 
 
@@ -199,8 +294,8 @@ def _accuracy(results: Sequence[Result]) -> str:
 
 
 def _costs(there: Mapping[str, Sequence[Result]]) -> list[str]:
-    """Medians over all the runs of a row that ended."""
-    ended = [result for results in there.values() for result in results if not result.failed]
+    """Of the runs that were measured: bytes of both partitions are alike, seconds their median."""
+    ended = [result for results in there.values() for result in results if result.wall]
     if not ended:
         return ["–"] * 3
     up, down, wall = (
@@ -257,8 +352,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), help="some of the rows")
     parser.add_argument("--table", action="store_true", help="run nothing: tell what has finished")
+    parser.add_argument("--check", nargs="+", choices=ROWS, help="compare the wire with one thread")
     options = parser.parse_args()
     images = options.images.resolve()
+    if options.check:
+        check(images, options.out, options.check)
+        return
+    if not options.table:
+        simulate_all(images, options.out, options.seeds, options.only)
     result_of = finished if options.table else kept_or_run
     results = collect(images, options.out, options.seeds, result_of, options.only)
     print(heading(results), "", *table(results), "", sep="\n")
