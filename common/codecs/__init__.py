@@ -1,0 +1,48 @@
+"""Codecs: how activations and gradients are made small for the wire. Pure functions; nothing here sends.
+
+codec = parse("int4+zstd")
+encoded = codec.encode(z, generator, training=True)  # .tensors, to be sent as they are
+z = codec.decode(encoded)  # float32, of encoded.shape
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+
+from common.codecs.base import Codec, Encoded, Sizes, Slot
+from common.codecs.floats import bf16, fp8, fp16, fp32
+from common.codecs.integers import int2, int4, int8
+from common.codecs.sparse import randtopk, topk
+from common.codecs.zstd import compressed
+from common.errors import ConfigError
+
+CODECS: Mapping[str, Callable[..., Codec]] = {
+    maker.__name__: maker for maker in (fp32, fp16, bf16, fp8, int8, int4, int2, topk, randtopk)
+}
+_ZSTD = "+zstd"
+
+__all__ = ["CODECS", "Codec", "Encoded", "Sizes", "Slot", "parse"]
+
+
+def parse(name: str) -> Codec:
+    """The codec of a name as `int4`, `topk:0.05`, `randtopk:0.05:0.1` (k, alpha) or `int4+zstd`.
+
+    Raises ConfigError for a name that is none, and for values that the codec does not take.
+    """
+    plain = name.removesuffix(_ZSTD)
+    kind, *values = plain.split(":")
+    if kind not in CODECS:
+        raise ConfigError(f"codec {name[:40]!r}: choose {', '.join(map(_usage, CODECS))}; each with {_ZSTD}")
+    if len(values) > len(inspect.signature(CODECS[kind]).parameters):
+        raise ConfigError(f"codec {name[:40]!r}: too many values; its form is {_usage(kind)}")
+    try:
+        numbers = [float(value) for value in values]
+    except ValueError:
+        raise ConfigError(f"codec {name[:40]!r}: not a number; its form is {_usage(kind)}") from None
+    codec = CODECS[kind](*numbers)
+    return codec if plain == name else compressed(codec)
+
+
+def _usage(kind: str) -> str:
+    return kind + "".join(
+        f"[:{parameter.upper()}]" for parameter in inspect.signature(CODECS[kind]).parameters
+    )
