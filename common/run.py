@@ -118,6 +118,9 @@ class Run:
     """Seeds the first weights, the shares, the order and the augmentation."""
     fixed_order: bool = False
     """Step on the clients' batches strictly in turn, so that a run repeats bit for bit."""
+    codec: tuple[str, ...] = ()
+    """How tensors are made small for the wire: activations=NAME gradients=NAME, of fp32, fp16, bf16, fp8,
+    int8, int4, int2, topk:K, randtopk:K, each also with +zstd. Default: fp32, as they are."""
     outbox: int = 2
     """Batches that may wait at a client to be sent."""
     inbox: int = 2
@@ -257,13 +260,16 @@ def defaults_from(file: Path | None, recipe: str | None) -> Run:
 
 
 def _flattened(values: dict[str, Any]) -> dict[str, Any]:
-    """A file's [method] table, as the method's name and its settings."""
-    method = values.get("method")
-    if not isinstance(method, dict):
-        return values
-    settings = tuple(f"{key}={value}" for key, value in method.items() if key != "name")
-    named = {"method": method["name"]} if "name" in method else {}
-    return {**{k: v for k, v in values.items() if k != "method"}, **named, "method_arg": settings}
+    """A file's tables: [method] as the method's name and its settings, [codec] as its settings."""
+    flat = dict(values)
+    if isinstance(codec := values.get("codec"), dict):
+        flat["codec"] = tuple(f"{key}={value}" for key, value in codec.items())
+    if isinstance(method := values.get("method"), dict):
+        del flat["method"]
+        if "name" in method:
+            flat["method"] = method["name"]
+        flat["method_arg"] = tuple(f"{key}={value}" for key, value in method.items() if key != "name")
+    return flat
 
 
 def _fits(name: str, value: object, default: object) -> bool:
@@ -271,7 +277,7 @@ def _fits(name: str, value: object, default: object) -> bool:
         return value is None or (
             isinstance(value, list | tuple) and len(value) == 3 and all(type(side) is int for side in value)
         )
-    if name == "method_arg":
+    if name in ("method_arg", "codec"):
         return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
     if name == "classes":
         return value is None or type(value) is int

@@ -30,7 +30,7 @@ class Connection:
         self._examination: Examination | None = None  # the last one
         self._leaving = False
         self._over: SplitLearningError | None = None
-        self._session, self._depth = "", 1
+        self._session, self._client = "", -1
 
     def join(self, name: str, patience: float) -> pb.Welcome:
         """Waits up to `patience` seconds for the server. Raises RefusedError or ClosedError."""
@@ -52,7 +52,7 @@ class Connection:
             late.cancel()
         if welcome.version != rpc.VERSION:
             raise WireError(f"the server speaks protocol version {welcome.version}, not {rpc.VERSION}")
-        self._session = welcome.session
+        self._session, self._client = welcome.session, welcome.client
         threading.Thread(target=self._watch, args=[membership], name="membership", daemon=True).start()
         return welcome
 
@@ -78,7 +78,7 @@ class Connection:
             samples=samples,
         )
         start = self._calls[rpc.STREAM_ACTIVATIONS].future if method.one_way else self._calls[rpc.TRAIN]
-        segment = Segment(start, opening, spec, method, depth, self._clock)
+        segment = Segment(start, opening, self._client, spec, method, depth, self._clock)
         self._segments.append(segment)
         if self._over:  # meanwhile; whoever ended it did not see this segment
             segment.fail(self._over)
@@ -88,7 +88,9 @@ class Connection:
         """Opens an evaluation of the network as it is after this client's batch of that number."""
         self._check_open()
         opening = pb.Evaluation(session=self._session, epoch=epoch, after_sequence=after_sequence)
-        self._examination = Examination(self._calls[rpc.EVALUATE], opening, spec, depth, self._clock)
+        self._examination = Examination(
+            self._calls[rpc.EVALUATE], opening, self._client, spec, depth, self._clock
+        )
         if self._over:
             self._examination.fail(self._over)
         return self._examination

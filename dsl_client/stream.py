@@ -99,8 +99,11 @@ class Outgoing:
 
     def _requests(self) -> Pieces:
         yield self._opening
-        for pieces in self._outbox:
-            yield from self._clock.iterator("encode", pieces)
+        try:
+            for pieces in self._outbox:
+                yield from self._clock.iterator("encode", pieces)
+        except WireError as error:  # what cannot be encoded; gRPC would tell of it as UNKNOWN
+            self.fail(error)
 
     def _ended(self) -> None:
         if self.call.code() is grpc.StatusCode.OK:
@@ -113,10 +116,17 @@ class Segment:
     """One client's batches of one epoch. Call it with what the method sends; it gives what comes back."""
 
     def __init__(
-        self, start: Call, opening: pb.Segment, spec: BatchSpec, method: Method, depth: int, clock: Clock
+        self,
+        start: Call,
+        opening: pb.Segment,
+        client: int,
+        spec: BatchSpec,
+        method: Method,
+        depth: int,
+        clock: Clock,
     ) -> None:
         self._kind = pb.StreamActivationsRequest if method.one_way else pb.TrainRequest
-        self._spec, self._method, self._clock = spec, method, clock
+        self._client, self._spec, self._method, self._clock = client, spec, method, clock
         self._first = opening.first_sequence
         self._sequence = opening.first_sequence - 1
         self._shape: tuple[int, ...] = ()  # of the last batch's activations
@@ -127,10 +137,12 @@ class Segment:
         """A batch gives its output, or dL/dz (B, C, H, W), or None; an output's gradient dL/dz or None."""
         with self._clock("wait"):
             if isinstance(sent, Tensor):
-                self._stream.put(codec.pack_gradient(self._kind, self._sequence, sent))
+                self._stream.put(
+                    codec.pack_gradient(self._kind, self._sequence, sent, self._spec, self._client)
+                )
                 return self._gradient(sent.device) if self._wanted() else None
             self._sequence, self._shape = self._sequence + 1, tuple(sent.z.shape)
-            self._stream.put(codec.pack_batch(self._kind, self._sequence, sent, self._spec))
+            self._stream.put(codec.pack_batch(self._kind, self._sequence, sent, self._spec, self._client))
             if self._method.tail is Tail.LAST:
                 return self._output(sent.z)
             return self._gradient(sent.z.device) if self._wanted() else None
@@ -157,7 +169,7 @@ class Segment:
 
     def _gradient(self, device: torch.device) -> Tensor | None:
         first, rest = self._stream.following()
-        gradient, loss = codec.unpack_gradient(first, rest, self._sequence, self._shape)
+        gradient, loss = codec.unpack_gradient(first, rest, self._sequence, self._shape, self._spec)
         if self._method.tail is Tail.NONE:
             self.server_loss = loss
         if gradient is None and not self._method.may_skip:
@@ -167,29 +179,31 @@ class Segment:
     def _output(self, z: Tensor) -> Tensor:
         first, rest = self._stream.following()
         shape = (len(z), *self._spec.output_shape)
-        return codec.unpack_output(first, rest, self._sequence, shape).to(z.device)
+        return codec.unpack_output(first, rest, self._sequence, shape, self._spec).to(z.device)
 
 
 class Examination:
     """Test batches to be scored by the joined network."""
 
     def __init__(
-        self, start: Call, opening: pb.Evaluation, spec: BatchSpec, depth: int, clock: Clock
+        self, start: Call, opening: pb.Evaluation, client: int, spec: BatchSpec, depth: int, clock: Clock
     ) -> None:
-        self._spec, self._sequence = spec, 0
+        self._client, self._spec, self._sequence = client, spec, 0
         self._stream = Outgoing(start, Piece(pb.EvaluateRequest(evaluation=opening)), depth, clock)
 
     def send(self, smashed: Smashed) -> None:
         """A batch that the server is to score."""
         self._sequence += 1
-        self._stream.put(codec.pack_batch(pb.EvaluateRequest, self._sequence, smashed, self._spec))
+        self._stream.put(
+            codec.pack_batch(pb.EvaluateRequest, self._sequence, smashed, self._spec, self._client)
+        )
 
     def output(self, smashed: Smashed) -> Tensor:
         """What the server's layers make of a batch, for a client that has the last ones."""
         self.send(smashed)
         first, rest = self._stream.following()
         shape = (len(smashed.z), *self._spec.output_shape)
-        return codec.unpack_output(first, rest, self._sequence, shape).to(smashed.z.device)
+        return codec.unpack_output(first, rest, self._sequence, shape, self._spec).to(smashed.z.device)
 
     def fail(self, reason: SplitLearningError) -> None:
         self._stream.fail(reason)

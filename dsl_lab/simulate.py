@@ -1,4 +1,4 @@
-"""A whole federation in one thread: no queue, no codec, no socket. Slow, simple, deterministic.
+"""A whole federation in one thread: no queue, no frames, no socket. Slow, simple, deterministic.
 
 Because a method's client step is a generator, its clients and its server can take turns here with
 nothing between them. What the real system does over the wire must equal this, bit for bit.
@@ -10,6 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from common.codecs.travel import Travel, Way
 from common.methods.base import ClientPart, ClientStep, Gather, Method, Received, Sent, Smashed, Step
 from common.methods.hosting import Hosting
 from common.optim import learning_rate, progress_of, set_learning_rate
@@ -37,6 +38,7 @@ class Turn:
     y: Tensor
     client_progress: float
     server_progress: float | None  # None: the batch is not sent
+    sequence: int = 0  # its number, from 1, of those sent
     wanted: bool = True  # its gradient is
 
 
@@ -81,8 +83,9 @@ def simulate(
     run: Run, method: Method, clients: Sequence[ClientPart], server: Hosting, ticks: Iterable[Tick]
 ) -> None:
     """Trains all parts, in place."""
+    travel = Travel.of(run.codec, run.seed)
     for tick in ticks:
-        talks = [_Talk(run, method.client_step, clients[turn.client], turn) for turn in tick]
+        talks = [_Talk(run, method.client_step, clients[turn.client], turn, travel) for turn in tick]
         sent = [talk for talk in talks if talk.turn.server_progress is not None]
         for group in [sent] if method.gather is Gather.ALL else [[talk] for talk in sent]:
             if group:
@@ -97,8 +100,10 @@ def simulate(
 class _Talk:
     """One client step, and what it has sent last."""
 
-    def __init__(self, run: Run, client_step: ClientStep, part: ClientPart, turn: Turn) -> None:
-        self.turn = turn
+    def __init__(
+        self, run: Run, client_step: ClientStep, part: ClientPart, turn: Turn, travel: Travel
+    ) -> None:
+        self.turn, self._travel = turn, travel
         set_learning_rate(part.optimizer, learning_rate(run, turn.client_progress))
         self._step: Step = client_step(part, turn.x, turn.y)
         self._sent: Sent | None = next(self._step, None)  # None: it is over
@@ -107,22 +112,27 @@ class _Talk:
         batch, turn = self._sent, self.turn
         assert isinstance(batch, Smashed), "a batch was sent"
         assert turn.server_progress is not None, "and it was to be"
-        z = batch.z.clone()  # what a step does to it, it does not do to the client's
+        z = self._through(
+            Way.BATCH, batch.z
+        ).clone()  # what a step does to it, it does not do to the client's
         return Received(z, batch.y, turn.client, turn.server_progress, turn.wanted, self._through_tail)
 
     def _through_tail(self, output: Tensor) -> Tensor:
-        self._sent = self._step.send(output)
+        self._sent = self._step.send(self._through(Way.OUTPUT, output))
         assert isinstance(self._sent, Tensor), "the client sends the output's gradient"
-        return self._sent
+        return self._through(Way.TAIL_GRADIENT, self._sent)
 
     def finish(self, gradient: Tensor | None) -> None:
         if self._sent is None:
             return
         try:
-            self._step.send(gradient)
+            self._step.send(None if gradient is None else self._through(Way.GRADIENT, gradient))
         except StopIteration:
             return
         raise AssertionError("the client step goes on after the server's last answer")
+
+    def _through(self, way: Way, tensor: Tensor) -> Tensor:
+        return self._travel.through(way, tensor, self.turn.client, self.turn.sequence)
 
 
 def _turn(
@@ -138,6 +148,7 @@ def _turn(
         *batches[index],
         client_progress=here,
         server_progress=progress_of(run, epoch, place, len(sent)),
+        sequence=epoch * len(sent) + place + 1,
         wanted=method.answer_every > 0 and place % method.answer_every == 0,
     )
 
@@ -166,8 +177,10 @@ def _send_once(
     server: Hosting,
     data: Sequence[Source],
 ) -> None:
+    travel = Travel.of(run.codec, run.seed)
     for client, batches in enumerate(data):
-        for x, y in batches.epoch(run.epochs):
+        for sequence, (x, y) in enumerate(batches.epoch(run.epochs), 1):
             for batch in client_step(clients[client], x, y):
                 assert isinstance(batch, Smashed), "it sends batches"
-                server.step([Received(batch.z, batch.y, client, 0.0, wanted=False)])
+                z = travel.through(Way.BATCH, batch.z, client, sequence)
+                server.step([Received(z, batch.y, client, 0.0, wanted=False)])

@@ -103,7 +103,7 @@ def _line(server: Any) -> str:
             f"epoch {record.epoch + 1}/{run.epochs}",
             f"{record.samples_trained:,} samples",
             f"{record.samples_trained / max(record.seconds, 1e-9):,.0f}/s",
-            "loss –" if math.isnan(record.loss) else f"loss {record.loss:.3f}",  # it may be the clients' alone
+            "loss –" if math.isnan(record.loss) else f"loss {record.loss:.3f}",
             f"accuracy {accuracy:.3f}" if accuracy is not None else "accuracy –",
             f"up {megabytes(server.traffic.total('up'))}",
             f"down {megabytes(server.traffic.total('down'))}",

@@ -100,7 +100,9 @@ class Service:
                 yield from self._through_tail(job, requests)
             if job.wanted:
                 trained = job.answer.result()
-                yield from codec.pack_gradient(pb.TrainResponse, job.sequence, trained.gradient, trained.loss)
+                yield from codec.pack_gradient(
+                    pb.TrainResponse, job.sequence, trained.gradient, self._spec, job.client, trained.loss
+                )
         _settled(job)
 
     def SyncWeights(self, requests: Pieces, context: Context) -> Iterator[Piece[pb.SyncWeightsResponse]]:
@@ -152,7 +154,7 @@ class Service:
             if self._method.tail is Tail.LAST:
                 do = partial(Hosting.output, z=batch.z)
                 output = self._errand(member, "score a batch", do).result()
-                yield from codec.pack_output(pb.EvaluateResponse, sequence, output)
+                yield from codec.pack_output(pb.EvaluateResponse, sequence, output, self._spec, member.client)
             else:
                 do = partial(Hosting.score, z=batch.z, y=batch.y)
                 scores.append(self._errand(member, "score a batch", do))
@@ -193,11 +195,13 @@ class Service:
             output = tail.output.result()
             if timeout:
                 late.start()
-            yield from codec.pack_output(pb.TrainResponse, job.sequence, output)
+            yield from codec.pack_output(pb.TrainResponse, job.sequence, output, self._spec, job.client)
             first = next(requests, None)
             if first is None:
                 raise WireError(f"the stream ended before the gradient of batch {job.sequence}")
-            gradient, _ = codec.unpack_gradient(first, requests, job.sequence, tuple(output.shape))
+            gradient, _ = codec.unpack_gradient(
+                first, requests, job.sequence, tuple(output.shape), self._spec
+            )
             if gradient is None:
                 raise WireError(f"batch {job.sequence} has an output without a gradient")
             tail.give(gradient)

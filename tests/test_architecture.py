@@ -50,7 +50,7 @@ def test_common_knows_neither_end(module: Path) -> None:
     assert imports(module, "dsl_server", "dsl_client", "dsl_lab") == []
 
 
-@pytest.mark.parametrize("module", modules("common/methods", "common/nets"), ids=str)
+@pytest.mark.parametrize("module", modules("common/methods", "common/nets", "common/codecs"), ids=str)
 def test_methods_and_networks_know_no_wire_no_threads_no_files(module: Path) -> None:
     forbidden = ("grpc", "threading", "queue", "asyncio", "socket", "concurrent", "pathlib", "os")
     assert imports(module, *forbidden, "common.wire", "google.protobuf") == []

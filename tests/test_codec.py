@@ -167,8 +167,10 @@ def test_a_gradient_comes_out_with_equal_bits(
 ) -> None:
     monkeypatch.setattr(codec, "PIECE_BYTES", piece_bytes)
     sent = torch.randn(*shape)
-    first, *rest = over_the_wire(codec.pack_gradient(pb.TrainResponse, 9, sent, 0.5), pb.TrainResponse)
-    got, loss = codec.unpack_gradient(first, iter(rest), 9, shape)
+    first, *rest = over_the_wire(
+        codec.pack_gradient(pb.TrainResponse, 9, sent, SPEC, loss=0.5), pb.TrainResponse
+    )
+    got, loss = codec.unpack_gradient(first, iter(rest), 9, shape, SPEC)
     assert got is not None
     assert same_bits(got, sent)
     assert loss == 0.5
@@ -216,7 +218,7 @@ def test_packing_weights_leaves_the_head_that_was_given_alone() -> None:
 
 def test_a_tensor_of_another_type_is_not_sent() -> None:
     with pytest.raises(WireError, match=r"torch\.float64 cannot be sent"):
-        list(codec.pack_gradient(pb.TrainResponse, 1, torch.zeros(1, dtype=torch.float64), 0.0))
+        list(codec.pack_gradient(pb.TrainResponse, 1, torch.zeros(1, dtype=torch.float64), SPEC, loss=0.0))
 
 
 # ---------------------------------------------------------------- what is wrong is refused by name
@@ -356,34 +358,36 @@ def test_a_frame_without_its_head_is_refused(piece: Piece[Any], got: str) -> Non
 def gradient_refusal(pieces: list[Piece[Any]], sequence: int = 9) -> str:
     first, *rest = pieces
     with pytest.raises(WireError) as caught:
-        codec.unpack_gradient(first, iter(rest), sequence, (2, 3))
+        codec.unpack_gradient(first, iter(rest), sequence, (2, 3), SPEC)
     return str(caught.value)
 
 
 def test_a_gradient_for_another_batch_is_refused() -> None:
-    pieces = list(codec.pack_gradient(pb.TrainResponse, 8, torch.zeros(2, 3), 0.0))
+    pieces = list(codec.pack_gradient(pb.TrainResponse, 8, torch.zeros(2, 3), SPEC, loss=0.0))
     assert gradient_refusal(pieces) == "the gradient of batch 8 came; that of batch 9 was due"
 
 
 @pytest.mark.parametrize("shape", [(3, 2), (2, 3, 1), (6,), (1, 3), (3, 3), ()])
 def test_a_gradient_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
-    pieces = list(codec.pack_gradient(pb.TrainResponse, 9, torch.zeros(shape), 0.0))
+    pieces = list(codec.pack_gradient(pb.TrainResponse, 9, torch.zeros(shape), SPEC, loss=0.0))
     assert f"gradient: shape {list(shape)}; the run needs [2, 3]" in gradient_refusal(pieces)
 
 
 def test_a_gradient_of_another_type_is_refused() -> None:
-    pieces = list(codec.pack_gradient(pb.TrainResponse, 9, torch.zeros(2, 3, dtype=torch.int64), 0.0))
+    pieces = list(
+        codec.pack_gradient(pb.TrainResponse, 9, torch.zeros(2, 3, dtype=torch.int64), SPEC, loss=0.0)
+    )
     assert gradient_refusal(pieces) == "gradient: dtype DTYPE_INT64; the run needs DTYPE_FLOAT32"
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_gradient_that_is_no_number_is_refused(value: float) -> None:
-    pieces = list(codec.pack_gradient(pb.TrainResponse, 9, torch.full((2, 3), value), 0.0))
+    pieces = list(codec.pack_gradient(pb.TrainResponse, 9, torch.full((2, 3), value), SPEC, loss=0.0))
     assert "the gradient of batch 9: NaN or infinite" in gradient_refusal(pieces)
 
 
 def test_a_gradient_cut_short_is_refused() -> None:
-    (whole,) = codec.pack_gradient(pb.TrainResponse, 9, torch.zeros(2, 3), 0.0)
+    (whole,) = codec.pack_gradient(pb.TrainResponse, 9, torch.zeros(2, 3), SPEC)
     said = gradient_refusal([Piece(whole.head, [whole.chunks[0][:20]])])
     assert said == "the stream ended 4 bytes before the end of a frame of 24"
 
@@ -482,13 +486,13 @@ def test_an_output_and_a_gradient_come_out_of_any_pieces_with_equal_bits(
     kind = KINDS[what][which]
     sent = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     if what == "output":
-        first, *rest = cut_at(codec.pack_output(kind, sequence, sent), kind, cuts)
+        first, *rest = cut_at(codec.pack_output(kind, sequence, sent, SPEC), kind, cuts)
         pieces = iter(rest)
-        got: Tensor | None = codec.unpack_output(first, pieces, sequence, shape)
+        got: Tensor | None = codec.unpack_output(first, pieces, sequence, shape, SPEC)
     else:
-        first, *rest = cut_at(codec.pack_gradient(kind, sequence, sent), kind, cuts)
+        first, *rest = cut_at(codec.pack_gradient(kind, sequence, sent, SPEC), kind, cuts)
         pieces = iter(rest)
-        got, loss = codec.unpack_gradient(first, pieces, sequence, shape)
+        got, loss = codec.unpack_gradient(first, pieces, sequence, shape, SPEC)
         assert loss == 0
     assert got is not None
     assert same_bits(got, sent)
@@ -538,7 +542,7 @@ def test_pieces_that_go_on_with_what_is_less_usual_in_their_direction_are_marked
 ) -> None:
     monkeypatch.setattr(codec, "PIECE_BYTES", piece_bytes)
     pack = codec.pack_output if what == "output" else codec.pack_gradient
-    first, *rest = over_the_wire(pack(kind, 3, torch.ones(5, 6)), kind)
+    first, *rest = over_the_wire(pack(kind, 3, torch.ones(5, 6), SPEC), kind)
     assert first.head.WhichOneof("head") == what
     assert (len(rest) > 0) == (piece_bytes < 120)
     for piece in rest:
@@ -548,7 +552,7 @@ def test_pieces_that_go_on_with_what_is_less_usual_in_their_direction_are_marked
 def output_refusal(pieces: list[Piece[Any]]) -> str:
     first, *rest = pieces
     with pytest.raises(WireError) as caught:
-        codec.unpack_output(first, iter(rest), 9, (2, 3))
+        codec.unpack_output(first, iter(rest), 9, (2, 3), SPEC)
     return str(caught.value)
 
 
@@ -563,12 +567,12 @@ def output_refusal(pieces: list[Piece[Any]]) -> str:
     ],
 )
 def test_an_output_that_is_not_the_one_due_is_refused(output: Tensor, sequence: int, says: str) -> None:
-    assert says in output_refusal(list(codec.pack_output(pb.TrainResponse, sequence, output)))
+    assert says in output_refusal(list(codec.pack_output(pb.TrainResponse, sequence, output, SPEC)))
 
 
 def test_a_gradient_in_place_of_an_output_is_refused_and_the_other_way_about() -> None:
-    gradient = list(codec.pack_gradient(pb.TrainResponse, 9, torch.zeros(2, 3)))
-    output = list(codec.pack_output(pb.TrainResponse, 9, torch.zeros(2, 3)))
+    gradient = list(codec.pack_gradient(pb.TrainResponse, 9, torch.zeros(2, 3), SPEC))
+    output = list(codec.pack_output(pb.TrainResponse, 9, torch.zeros(2, 3), SPEC))
     assert output_refusal(gradient) == "expected the beginning of a frame (output), got gradient"
     assert gradient_refusal(output) == "expected the beginning of a frame (gradient), got output"
 

@@ -172,7 +172,7 @@ def test_a_batch_to_be_scored_is_evaluation(piece_bytes: int, monkeypatch: pytes
 def test_a_gradient_is_gradients(piece_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codec, "PIECE_BYTES", piece_bytes)
     traffic = Traffic()
-    frame = codec.pack_gradient(pb.TrainResponse, 1, torch.randn(3, 3, 5, 2), 0.5)
+    frame = codec.pack_gradient(pb.TrainResponse, 1, torch.randn(3, 3, 5, 2), SPEC, loss=0.5)
     total = written(traffic, rpc.TRAIN, pb.TrainResponse, "down", frame)
     assert counted(traffic) == {"down/gradients": 360, "down/framing": total - 360}
 
@@ -282,9 +282,12 @@ def test_an_exchange_is_counted_by_kind_in_both_directions(
     z, u = torch.randn(3, 3, 5, 2), torch.randn(3, 7)
     up = [
         *codec.pack_batch(pb.TrainRequest, 1, Smashed(z, torch.zeros(0, dtype=torch.int64)), BARE),
-        *codec.pack_gradient(pb.TrainRequest, 1, u),
+        *codec.pack_gradient(pb.TrainRequest, 1, u, SPEC),
     ]
-    down = [*codec.pack_output(pb.TrainResponse, 1, u), *codec.pack_gradient(pb.TrainResponse, 1, z)]
+    down = [
+        *codec.pack_output(pb.TrainResponse, 1, u, SPEC),
+        *codec.pack_gradient(pb.TrainResponse, 1, z, SPEC),
+    ]
     sizes = {}
     for direction, kind, frames in (("up", pb.TrainRequest, up), ("down", pb.TrainResponse, down)):
         write = ours.writing(rpc.TRAIN, direction, rpc.writer(kind, True))  # type: ignore[arg-type]
@@ -310,7 +313,7 @@ def test_an_exchange_is_counted_by_kind_in_both_directions(
 def test_an_output_to_be_scored_is_evaluation(piece_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codec, "PIECE_BYTES", piece_bytes)
     traffic = Traffic()
-    frame = codec.pack_output(pb.EvaluateResponse, 1, torch.randn(3, 7))
+    frame = codec.pack_output(pb.EvaluateResponse, 1, torch.randn(3, 7), SPEC)
     total = written(traffic, rpc.EVALUATE, pb.EvaluateResponse, "down", frame)
     assert counted(traffic) == {"down/evaluation": 84, "down/framing": total - 84}
     score: Piece[Any] = Piece(pb.EvaluateResponse(score=pb.Score(samples=3)))

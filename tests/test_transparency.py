@@ -50,6 +50,10 @@ SETTINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("gapsl", {"method_arg": ("gda=exact",)}),
     ("sglr", {"method_arg": ("phi=1", "phase=first")}),
     ("cyclesl", {"method_arg": ("server_epochs=2", "server_batch=5")}),
+    ("dsl", {"codec": ("activations=int4+zstd",)}),
+    ("csl", {"codec": ("activations=int2", "gradients=int8")}),
+    ("ushape", {"codec": ("activations=randtopk:0.2", "gradients=fp16")}),
+    ("ampere", {"codec": ("activations=fp8",)}),
 )
 
 
@@ -65,7 +69,9 @@ def runs() -> Iterator[Run]:
 
 def name_of(run: Run) -> str:
     modules = f"{run.client_modules}x{run.server_modules}" if run.client_modules > 1 else ""
-    return "-".join(filter(None, [run.method, run.sync, str(run.clients), *run.method_arg, modules]))
+    return "-".join(
+        filter(None, [run.method, run.sync, str(run.clients), *run.method_arg, *run.codec, modules])
+    )
 
 
 def trained_on(run: Run, method: Method, data: Sequence[Batches]) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, get_args, get_type_hints
 
+from common.codecs.travel import Travel
 from common.errors import ConfigError
 from common.methods.ampere import ampere
 from common.methods.base import Method
@@ -71,6 +72,7 @@ def settled(run: Run) -> Run:
     if method.sync and run.sync not in ("auto", method.sync):
         raise ConfigError(f"--sync {run.sync}: {run.method} needs {method.sync}; leave the flag out")
     sync = (method.sync or "none") if run.sync == "auto" else run.sync
+    Travel.of(run.codec, run.seed)  # raises where there is no such codec
     if run.quorum > run.clients:
         raise ConfigError(f"--quorum {run.quorum} is above --clients {run.clients}")
     if sync == "relay" and run.least_clients < run.clients:

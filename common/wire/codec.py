@@ -7,12 +7,14 @@ written straight into one buffer. What leaves here needs no further check.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from common.codecs.base import Codec, Encoded
+from common.codecs.travel import Travel, Way
 from common.errors import WireError
 from common.methods.base import Method, Smashed, Tail
 from common.nets.cut import CutNet, shape_after
@@ -26,6 +28,9 @@ _CODES: Mapping[torch.dtype, pb.Dtype] = {
     torch.int64: pb.DTYPE_INT64,
     torch.uint8: pb.DTYPE_UINT8,
     torch.uint16: pb.DTYPE_UINT16,
+    torch.float16: pb.DTYPE_FLOAT16,
+    torch.bfloat16: pb.DTYPE_BFLOAT16,
+    torch.int32: pb.DTYPE_INT32,
 }
 _TYPES = {code: dtype for dtype, code in _CODES.items()}
 _NOTHING: Mapping[str, Any] = {}
@@ -40,6 +45,7 @@ class BatchSpec:
     classes: int
     labels: bool = True  # they travel
     output_shape: tuple[int, ...] = ()  # of one sample's output u, for a client that has the last layers
+    travel: Travel = field(default_factory=Travel)
 
     @property
     def label_dtype(self) -> torch.dtype:
@@ -50,32 +56,41 @@ def batch_spec(run: Run, method: Method, net: CutNet) -> BatchSpec:
     """What both ends know of the run's batches."""
     output = shape_after(net.top[:-1], net.cut_shape) if method.tail is Tail.LAST else ()
     return BatchSpec(
-        net.cut_shape, run.batch_size, run.class_count, labels=method.tail is Tail.NONE, output_shape=output
+        net.cut_shape,
+        run.batch_size,
+        run.class_count,
+        labels=method.tail is Tail.NONE,
+        output_shape=output,
+        travel=Travel.of(run.codec, run.seed),
     )
 
 
-def pack_batch(kind: type[Head], sequence: int, batch: Smashed, spec: BatchSpec) -> Iterator[Piece[Head]]:
-    """The pieces of one batch, for the RPC whose request is `kind`."""
-    z = _on_host(batch.z)
-    if not spec.labels:
-        return _cut(kind, {"batch": pb.Batch(sequence=sequence, activations=_describe(z))}, [z])
-    y = _on_host(batch.y).to(spec.label_dtype)
-    head = pb.Batch(sequence=sequence, activations=_describe(z), labels=_describe(y))
-    return _cut(kind, {"batch": head}, [z, y])
+def pack_batch(
+    kind: type[Head], sequence: int, batch: Smashed, spec: BatchSpec, client: int = 0
+) -> Iterator[Piece[Head]]:
+    """The pieces of one batch of this client, for the RPC whose request is `kind`."""
+    way = Way.EXAM if kind is pb.EvaluateRequest else Way.BATCH
+    head = pb.Batch(sequence=sequence, activations=_describe(batch.z))
+    y = []
+    if spec.labels:
+        y = [_on_host(batch.y).to(spec.label_dtype)]
+        head.labels.CopyFrom(_describe(y[0]))
+    return _pack(kind, "batch", head, batch.z, (spec.travel, way, client, sequence), y)
 
 
 def unpack_batch(first: Piece[Any], rest: Iterator[Piece[Any]], spec: BatchSpec) -> tuple[int, Smashed]:
     """A batch and its sequence number: z on the host, y as int64. Raises WireError."""
     head: pb.Batch = _head(first, "batch")
     samples = _samples(head.activations, spec)
-    _expect("activations", head.activations, (torch.float32, (samples, *spec.cut_shape)))
-    specs = [_declared(head.activations)]
+    shape = (samples, *spec.cut_shape)
+    _expect("activations", head.activations, (torch.float32, shape))
+    labelled: list[Spec] = []
     if spec.labels:
         _expect("labels", head.labels, (spec.label_dtype, (samples,)))
-        specs.append(_declared(head.labels))
+        labelled = [_declared(head.labels)]
     elif head.HasField("labels"):
         raise WireError(f"batch {head.sequence} has labels; in this run they stay with the client")
-    z, *labels = _assemble(first, rest, specs)
+    z, labels = _unpack(first, rest, head.payload, shape, spec.travel.activations, labelled)
     _check_finite(f"activations of batch {head.sequence}", z)
     y = labels[0].long() if labels else torch.empty(0, dtype=torch.int64)
     if labels and int(y.max()) >= spec.classes:
@@ -84,20 +99,25 @@ def unpack_batch(first: Piece[Any], rest: Iterator[Piece[Any]], spec: BatchSpec)
 
 
 def pack_gradient(
-    kind: type[Head], sequence: int, gradient: Tensor | None, loss: float | None = None
+    kind: type[Head],
+    sequence: int,
+    gradient: Tensor | None,
+    spec: BatchSpec,
+    client: int = 0,
+    loss: float | None = None,
 ) -> Iterator[Piece[Head]]:
     """A gradient; none, as an answer to a batch that had no part in the step."""
     head = pb.Gradient(sequence=sequence, loss=loss or 0)
     if gradient is None:
         return _cut(kind, {"gradient": head}, [])
-    g = _on_host(gradient)
-    head.gradient.CopyFrom(_describe(g))
+    head.gradient.CopyFrom(_describe(gradient))
     up = kind is pb.TrainRequest
-    return _cut(kind, {"gradient": head}, [g], {"of_gradient": True} if up else {})
+    travels = (spec.travel, Way.TAIL_GRADIENT if up else Way.GRADIENT, client, sequence)
+    return _pack(kind, "gradient", head, gradient, travels, later={"of_gradient": True} if up else {})
 
 
 def unpack_gradient(
-    first: Piece[Any], rest: Iterator[Piece[Any]], sequence: int, shape: tuple[int, ...]
+    first: Piece[Any], rest: Iterator[Piece[Any]], sequence: int, shape: tuple[int, ...], spec: BatchSpec
 ) -> tuple[Tensor | None, float]:
     """A gradient of this shape, or None, of the batch of this number, and the sender's loss.
 
@@ -108,26 +128,29 @@ def unpack_gradient(
     if not head.HasField("gradient") and not first.size:
         return None, head.loss
     _expect("gradient", head.gradient, (torch.float32, shape))
-    (gradient,) = _assemble(first, rest, [(torch.float32, shape)])
+    gradient, _ = _unpack(first, rest, head.payload, shape, spec.travel.gradients)
     _check_finite(f"the gradient of batch {sequence}", gradient)
     return gradient, head.loss
 
 
-def pack_output(kind: type[Head], sequence: int, output: Tensor) -> Iterator[Piece[Head]]:
+def pack_output(
+    kind: type[Head], sequence: int, output: Tensor, spec: BatchSpec, client: int = 0
+) -> Iterator[Piece[Head]]:
     """What the server's layers made of a batch, for a client that has the last ones."""
-    u = _on_host(output)
-    head = pb.Output(sequence=sequence, output=_describe(u))
-    return _cut(kind, {"output": head}, [u], {"of_output": True} if kind is pb.TrainResponse else {})
+    head = pb.Output(sequence=sequence, output=_describe(output))
+    training = kind is pb.TrainResponse
+    travels = (spec.travel, Way.OUTPUT if training else Way.EXAM_OUTPUT, client, sequence)
+    return _pack(kind, "output", head, output, travels, later={"of_output": True} if training else {})
 
 
 def unpack_output(
-    first: Piece[Any], rest: Iterator[Piece[Any]], sequence: int, shape: tuple[int, ...]
+    first: Piece[Any], rest: Iterator[Piece[Any]], sequence: int, shape: tuple[int, ...], spec: BatchSpec
 ) -> Tensor:
     """The output of this shape for the batch of this number. Raises WireError."""
     head: pb.Output = _head(first, "output")
     _due("output", head.sequence, sequence)
     _expect("output", head.output, (torch.float32, shape))
-    (output,) = _assemble(first, rest, [(torch.float32, shape)])
+    output, _ = _unpack(first, rest, head.payload, shape, spec.travel.activations)
     _check_finite(f"the output of batch {sequence}", output)
     return output
 
@@ -166,6 +189,79 @@ def declared_bytes(spec: pb.TensorSpec) -> int:
         return 0
     size = _TYPES[spec.dtype].itemsize * math.prod(spec.shape)
     return size if size < 2**62 else 0
+
+
+Travels = tuple[Travel, Way, int, int]  # with which codecs, as what, of which client, of which batch
+
+
+def _pack(
+    kind: type[Head],
+    field: str,
+    head: Any,
+    tensor: Tensor,
+    travels: Travels,
+    others: Sequence[Tensor] = (),
+    later: Mapping[str, Any] = _NOTHING,
+) -> Iterator[Piece[Head]]:
+    """A frame of the tensor, encoded, and the others as they are.
+
+    On a GPU it is encoded at once, so that what crosses to the host is small; else by whoever pulls
+    the pieces, beside the thread that computes.
+    """
+    if tensor.device.type == "cpu":
+        return _encoded(kind, field, head, tensor, travels, others, later)
+    payload = _encode(head, tensor, travels)
+    return _cut(kind, {field: head}, [*payload, *others], later)
+
+
+def _encoded(
+    kind: type[Head],
+    field: str,
+    head: Any,
+    tensor: Tensor,
+    travels: Travels,
+    others: Sequence[Tensor],
+    later: Mapping[str, Any],
+) -> Iterator[Piece[Head]]:
+    payload = _encode(head, tensor, travels)
+    yield from _cut(kind, {field: head}, [*payload, *others], later)
+
+
+def _encode(head: Any, tensor: Tensor, travels: Travels) -> list[Tensor]:
+    """The payload, on the host; the head is told of it."""
+    travel, way, client, sequence = travels
+    if _is_plain(travel.codec(way)):
+        return [_on_host(tensor)]
+    payload = [_on_host(part) for part in travel.encode(way, tensor, client, sequence).tensors]
+    head.payload.extend(map(_describe, payload))
+    return payload
+
+
+def _unpack(
+    first: Piece[Any],
+    rest: Iterator[Piece[Any]],
+    declared: Sequence[pb.TensorSpec],
+    shape: tuple[int, ...],
+    codec: Codec,
+    others: Sequence[Spec] = (),
+) -> tuple[Tensor, list[Tensor]]:
+    """The tensor of this shape that was encoded, and the others. Raises WireError."""
+    if _is_plain(codec):
+        if declared:
+            raise WireError(f"a payload of {len(declared)} tensors; in this run tensors travel as they are")
+        tensor, *plain = _assemble(first, rest, [(torch.float32, shape), *others])
+        return tensor, plain
+    for spec in declared:
+        if spec.dtype not in _TYPES:
+            raise WireError(f"{codec.name}: dtype {spec.dtype} is unknown")
+    payload = [_declared(spec) for spec in declared]
+    codec.judge(shape, payload)  # before anything is allocated
+    tensors = _assemble(first, rest, [*payload, *others])
+    return codec.decode(Encoded(shape, tensors[: len(payload)])), tensors[len(payload) :]
+
+
+def _is_plain(codec: Codec) -> bool:
+    return codec.name == "fp32"
 
 
 def _head(piece: Piece[Any], field: str) -> Any:

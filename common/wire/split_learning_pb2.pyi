@@ -22,6 +22,9 @@ class Dtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DTYPE_INT64: _ClassVar[Dtype]
     DTYPE_UINT8: _ClassVar[Dtype]
     DTYPE_UINT16: _ClassVar[Dtype]
+    DTYPE_FLOAT16: _ClassVar[Dtype]
+    DTYPE_BFLOAT16: _ClassVar[Dtype]
+    DTYPE_INT32: _ClassVar[Dtype]
 SYNC_PURPOSE_UNSPECIFIED: SyncPurpose
 SYNC_PURPOSE_AVERAGE: SyncPurpose
 SYNC_PURPOSE_TAKE_TURN: SyncPurpose
@@ -32,6 +35,9 @@ DTYPE_FLOAT32: Dtype
 DTYPE_INT64: Dtype
 DTYPE_UINT8: Dtype
 DTYPE_UINT16: Dtype
+DTYPE_FLOAT16: Dtype
+DTYPE_BFLOAT16: Dtype
+DTYPE_INT32: Dtype
 
 class JoinRequest(_message.Message):
     __slots__ = ("oldest_version", "newest_version", "name")
@@ -76,32 +82,38 @@ class Segment(_message.Message):
     def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., first_sequence: _Optional[int] = ..., batches: _Optional[int] = ..., samples: _Optional[int] = ...) -> None: ...
 
 class Batch(_message.Message):
-    __slots__ = ("sequence", "activations", "labels")
+    __slots__ = ("sequence", "activations", "labels", "payload")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     ACTIVATIONS_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     activations: TensorSpec
     labels: TensorSpec
-    def __init__(self, sequence: _Optional[int] = ..., activations: _Optional[_Union[TensorSpec, _Mapping]] = ..., labels: _Optional[_Union[TensorSpec, _Mapping]] = ...) -> None: ...
+    payload: _containers.RepeatedCompositeFieldContainer[TensorSpec]
+    def __init__(self, sequence: _Optional[int] = ..., activations: _Optional[_Union[TensorSpec, _Mapping]] = ..., labels: _Optional[_Union[TensorSpec, _Mapping]] = ..., payload: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ...) -> None: ...
 
 class Gradient(_message.Message):
-    __slots__ = ("sequence", "gradient", "loss")
+    __slots__ = ("sequence", "gradient", "loss", "payload")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     gradient: TensorSpec
     loss: float
-    def __init__(self, sequence: _Optional[int] = ..., gradient: _Optional[_Union[TensorSpec, _Mapping]] = ..., loss: _Optional[float] = ...) -> None: ...
+    payload: _containers.RepeatedCompositeFieldContainer[TensorSpec]
+    def __init__(self, sequence: _Optional[int] = ..., gradient: _Optional[_Union[TensorSpec, _Mapping]] = ..., loss: _Optional[float] = ..., payload: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ...) -> None: ...
 
 class Output(_message.Message):
-    __slots__ = ("sequence", "output")
+    __slots__ = ("sequence", "output", "payload")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     output: TensorSpec
-    def __init__(self, sequence: _Optional[int] = ..., output: _Optional[_Union[TensorSpec, _Mapping]] = ...) -> None: ...
+    payload: _containers.RepeatedCompositeFieldContainer[TensorSpec]
+    def __init__(self, sequence: _Optional[int] = ..., output: _Optional[_Union[TensorSpec, _Mapping]] = ..., payload: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ...) -> None: ...
 
 class Weights(_message.Message):
     __slots__ = ("session", "epoch", "purpose", "samples", "tensors")
