@@ -7,6 +7,9 @@
   - ClosedError        the other end, or the run, is over; the message says why
     + RefusedError     the server would not have this client (FAILED_PRECONDITION)
       * FullError      because it has all it was asked to have (RESOURCE_EXHAUSTED)
+      * TakenError     because one of that identity has had a place (ALREADY_EXISTS)
+      * IdentityError  because one end does not know, or trust, who the other is (UNAUTHENTICATED)
+      * ForbiddenError because it is not who it claims to be (PERMISSION_DENIED)
   - StepError          a training step failed: the run cannot go on
 
 Programs end with `exit_code` of the error that ended them (sysexits.h where it has a fitting one).
@@ -56,6 +59,18 @@ class RefusedError(ClosedError):
 
 class FullError(RefusedError):
     """The server has all the clients that it was asked to have."""
+
+
+class TakenError(RefusedError):
+    """One of this identity has, or had, a place in the run."""
+
+
+class IdentityError(RefusedError):
+    """One end does not know, or does not trust, who the other is."""
+
+
+class ForbiddenError(RefusedError):
+    """The client is not who it claims to be."""
 
 
 class StepError(SplitLearningError):

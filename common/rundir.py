@@ -1,4 +1,4 @@
-"""The folder that a process leaves: run.json, metrics.jsonl, checkpoint/, summary.json."""
+"""The folder that a process leaves: run.json, metrics.jsonl, checkpoint/, summary.json; audit.jsonl."""
 
 import json
 import os
@@ -31,7 +31,10 @@ class RunFolder:
             raise ConfigError(f"--out {self.path}: {error.strerror}") from error
 
     def add_metrics(self, line: dict[str, Any]) -> None:
-        with (self.path / "metrics.jsonl").open("a") as file:
+        self.add_line("metrics.jsonl", line)
+
+    def add_line(self, name: str, line: dict[str, Any]) -> None:
+        with (self.path / name).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
     def write_summary(self, summary: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import cli
+from common import cli, tls
 from common.errors import SplitLearningError
 from common.progress import Progress, megabytes
 
@@ -25,8 +25,12 @@ Joins the run of a dsl-server, which says what is trained and how."""
 class Options:
     server: str = "127.0.0.1:50051"
     """The server's host:port."""
-    name: str = socket.gethostname()[:64]
-    """What this client is called in the server's log."""
+    name: str | None = None
+    """What this client is called in the server's log; else its certificate's name, or this host's."""
+    certs: Path | None = None
+    """This client's folder of certificate and key, made by dsl certs client."""
+    insecure: bool = False
+    """Connect to another machine without --certs: nothing is encrypted."""
     data: str | None = None
     """Where the data is here, if not where the run says: sample, fashion-mnist, cifar10, cifar100,
     npz:FILE or folder:DIR."""
@@ -45,9 +49,13 @@ def main() -> None:
 
 def _main(arguments: list[str]) -> int:
     options = cli.parse(Options, arguments, Options(), PROGRAM, DESCRIPTION)
+    tls.check_exposure("--server", options.server, options.certs, options.insecure)
+    credentials = tls.Credentials.read(options.certs, "client") if options.certs else None
+    tls.preflight(options.server, credentials)  # what can be said at once, before torch has come
     from dsl_client.client import Client  # imports torch
 
-    client = Client(options.server, options.name, cli.device_of(options.device), options.data)
+    name = options.name or (credentials and credentials.name) or socket.gethostname()[:64]
+    client = Client(options.server, name, cli.device_of(options.device), options.data, credentials)
     failure: SplitLearningError | str = ""
     with Progress(PROGRAM) as progress:
         try:

@@ -17,6 +17,7 @@ from common.nets.cut import build
 from common.parts import client_part
 from common.run import Run
 from common.rundir import RunFolder
+from common.tls import Credentials
 from common.wire import split_learning_pb2 as pb
 from common.wire.codec import batch_spec
 from dsl_client import data
@@ -28,10 +29,17 @@ from dsl_client.trainer import Scored, Step, Trainer
 class Client:
     """`source`: where the data is, if not where the run says."""
 
-    def __init__(self, target: str, name: str, device: torch.device, source: str | None = None) -> None:
+    def __init__(
+        self,
+        target: str,
+        name: str,
+        device: torch.device,
+        source: str | None = None,
+        credentials: Credentials | None = None,
+    ) -> None:
         self._name, self._device, self._source = name, device, source
         self.traffic, self._clock = Traffic(), Clock()
-        self._connection = Connection(target, self.traffic, self._clock)
+        self._connection = Connection(target, self.traffic, self._clock, credentials)
         self.index = -1
 
     def join(self, patience: float) -> Run:

@@ -1,10 +1,12 @@
 """The client's connection: its membership of the run, and the calls that a member makes."""
 
 import threading
+import time
 from typing import Any
 
 import grpc
 
+from common import tls
 from common.errors import ClosedError, SplitLearningError, WireError
 from common.meter import Clock, Traffic
 from common.methods.base import Method
@@ -17,14 +19,17 @@ from common.wire.pieces import PIECE_BYTES
 from dsl_client.stream import Examination, Segment, following, telling, told
 
 ANSWER_S = 30.0  # for Join's and Leave's answer, once connected
+PREFLIGHT_S = 1.0  # how often it is asked why there is no connection yet
 
 
 class Connection:
     """`target`: host:port. Nothing is sent before `join`."""
 
-    def __init__(self, target: str, traffic: Traffic, clock: Clock) -> None:
-        self._channel = grpc.insecure_channel(target, client_options(2 * PIECE_BYTES + SLACK_BYTES))
-        self._target, self._clock = target, clock
+    def __init__(
+        self, target: str, traffic: Traffic, clock: Clock, credentials: tls.Credentials | None = None
+    ) -> None:
+        self._channel = _channel(target, credentials)
+        self._target, self._clock, self._credentials = target, clock, credentials
         self._calls = {which: self._prepared(which, traffic) for which in rpc.RPCS}
         self._segments: list[Segment] = []
         self._examination: Examination | None = None  # the last one
@@ -34,13 +39,7 @@ class Connection:
 
     def join(self, name: str, patience: float) -> pb.Welcome:
         """Waits up to `patience` seconds for the server. Raises RefusedError or ClosedError."""
-        try:
-            grpc.channel_ready_future(self._channel).result(patience)
-        except grpc.FutureTimeoutError:
-            raise ClosedError(
-                f"no server at {self._target} within {patience:g} s; is dsl-server running there and the "
-                "port open? --patience waits longer"
-            ) from None
+        self._connect(patience)
         request = pb.JoinRequest(oldest_version=rpc.VERSION, newest_version=rpc.VERSION, name=name)
         membership = self._calls[rpc.JOIN](request)
         late = threading.Timer(ANSWER_S, membership.cancel)  # a deadline would end the membership too
@@ -131,6 +130,21 @@ class Connection:
             segment.fail(ClosedError(failure or "this client has left the run"))
         self._channel.close()
 
+    def _connect(self, patience: float) -> None:
+        """Raises IdentityError as soon as it is certain that waiting is of no use."""
+        ready, end = grpc.channel_ready_future(self._channel), time.monotonic() + patience
+        while True:
+            try:
+                ready.result(min(PREFLIGHT_S, max(0.0, end - time.monotonic())))
+                return
+            except grpc.FutureTimeoutError:
+                tls.preflight(self._target, self._credentials)
+            if time.monotonic() >= end:
+                raise ClosedError(
+                    f"no server at {self._target} within {patience:g} s; is dsl-server running there and the "
+                    "port open? --patience waits longer"
+                )
+
     def _check_open(self) -> None:
         if self._over:
             raise self._over
@@ -159,3 +173,11 @@ class Connection:
                 segment.fail(over)
             if self._examination:
                 self._examination.fail(over)
+
+
+def _channel(target: str, credentials: tls.Credentials | None) -> grpc.Channel:
+    options = client_options(2 * PIECE_BYTES + SLACK_BYTES)
+    if credentials is None:
+        return grpc.insecure_channel(target, options)
+    shown = (credentials.authority, credentials.key, credentials.certificate)
+    return grpc.secure_channel(target, grpc.ssl_channel_credentials(*shown), options)

@@ -16,7 +16,16 @@ import grpc
 import torch
 from torch import Tensor
 
-from common.errors import ClosedError, FullError, RefusedError, SplitLearningError, WireError
+from common.errors import (
+    ClosedError,
+    ForbiddenError,
+    FullError,
+    IdentityError,
+    RefusedError,
+    SplitLearningError,
+    TakenError,
+    WireError,
+)
 from common.meter import Clock
 from common.methods.base import Method, Sent, Smashed, Tail
 from common.wire import codec
@@ -35,6 +44,9 @@ _ERRORS: dict[grpc.StatusCode, type[SplitLearningError]] = {
     grpc.StatusCode.ABORTED: WireError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: FullError,
     grpc.StatusCode.FAILED_PRECONDITION: RefusedError,
+    grpc.StatusCode.ALREADY_EXISTS: TakenError,
+    grpc.StatusCode.UNAUTHENTICATED: IdentityError,
+    grpc.StatusCode.PERMISSION_DENIED: ForbiddenError,
 }
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from common import cli
 from common.errors import ConfigError
+from dsl_lab import certs
 from dsl_lab.demo import Demo, demo
 
 PROGRAM = "dsl"
@@ -35,6 +36,7 @@ Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Methods, tyro.conf.subcommand("methods")]
+    | Annotated[certs.Certs, tyro.conf.subcommand("certs")]
 )
 
 
@@ -53,6 +55,9 @@ def _main(arguments: list[str]) -> int:
         from dsl_lab import methods  # imports torch
 
         methods.show(console)
+        return 0
+    if isinstance(command, certs.Certs):
+        certs.run(command.command)
         return 0
     from dsl_lab import figures, report, runs, table
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import tyro
 
-from common import cli
+from common import cli, tls
 from common.errors import ClosedError, ConfigError
 from common.progress import Progress, megabytes
 from common.run import Run, defaults_from
@@ -27,6 +27,10 @@ class Options:
     """A TOML file with any of the run's settings by their names; flags win."""
     listen: str = "127.0.0.1:50051"
     """Address and port to listen on; 0.0.0.0:50051 for clients on other machines, port 0 for any."""
+    certs: Path | None = None
+    """The folder made by dsl certs init: the server's certificate and key. Clients need theirs."""
+    insecure: bool = False
+    """Listen for other machines without --certs: nothing is encrypted, and anyone may join."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda or cuda:N."""
     out: Path | None = None
@@ -52,6 +56,8 @@ def _main(arguments: list[str]) -> int:
 
 
 def _serve(options: Options) -> int:
+    tls.check_exposure("--listen", options.listen, options.certs, options.insecure)
+    credentials = tls.Credentials.read(options.certs, "server") if options.certs else None
     from common.methods import settled  # these import torch
     from common.rundir import RunFolder
     from dsl_server.server import Server
@@ -64,7 +70,7 @@ def _serve(options: Options) -> int:
     def lost(reason: ClosedError) -> None:
         progress.log(f"{reason}; the others go on")
 
-    server = Server(run, options.listen, device, folder, lost)
+    server = Server(run, options.listen, device, folder, lost, credentials)
     stopping = ClosedError("the run is over")
     with progress:
         progress.log(_greeting(options, server.port, str(device)))
@@ -86,10 +92,11 @@ def _greeting(options: Options, port: int, device: str) -> str:
     run = options.run
     host = options.listen.rpartition(":")[0]
     host = "THIS-HOST" if host in ("0.0.0.0", "[::]") else host
+    also = " --certs FOLDER" if options.certs else " --insecure" if options.insecure else ""
     return (
         f"{run.method} on {run.model} cut at {run.split}, {device}, listening on {options.listen}; "
         f"waiting for {run.clients} client{'s' if run.clients > 1 else ''}: "
-        f"dsl-client --server {host}:{port}"
+        f"dsl-client --server {host}:{port}{also}"
     )
 
 

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from common.errors import ClosedError, FullError, RefusedError, SequenceError, WireError
+from common.errors import ClosedError, FullError, RefusedError, SequenceError, TakenError, WireError
 from common.parts import State, average
 from common.run import Run
 
@@ -55,10 +55,17 @@ class Rounds:
         self._closed: ClosedError | None = None
         self._changed = threading.Condition()
 
-    def join(self, name: str) -> Member:
-        """The next free place. Raises FullError when all are taken, ClosedError when it is over."""
+    def join(self, name: str, once: bool = False) -> Member:
+        """The next free place. Raises FullError when all are taken, ClosedError when it is over.
+
+        once: of this name there is but one. Raises TakenError when it has had a place.
+        """
         with self._changed:
             self._check_open()
+            if once and any(member.name == name for member in self._members.values()):
+                raise TakenError(
+                    f"{name!r} has a place in the run; each client needs a certificate of its own"
+                )
             if len(self._members) == self._run.clients:
                 names = ", ".join(str(m) for m in self._members.values())
                 raise FullError(
@@ -89,12 +96,15 @@ class Rounds:
             member.left = True
             self._changed.notify_all()
 
-    def lost(self, member: Member, how: str = "went away before the end of the run") -> None:
-        """The member is gone. Unless it had left, or those that remain are a quorum, so is the run."""
+    def lost(self, member: Member, how: str = "went away before the end of the run") -> ClosedError | None:
+        """The member is gone. Unless it had left, or those that remain are a quorum, so is the run.
+
+        Gives the reason, if this is news.
+        """
         reason = ClosedError(f"{member} {how}")
         with self._changed:
             if member.gone or self._closed:
-                return
+                return None
             lost = 1 + sum(m.lost is not None for m in self._members.values())
             goes_on = self._run.clients - lost >= self._run.least_clients
             if goes_on:
@@ -104,6 +114,7 @@ class Rounds:
             self._on_lost(member.client, reason)
         else:
             self.close(reason)
+        return reason
 
     def close(self, reason: ClosedError) -> None:
         """Ends the run: everyone who waits here, or comes, is told the reason. The first one stands."""

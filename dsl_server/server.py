@@ -22,10 +22,12 @@ from common.nets.cut import build
 from common.parts import averaged_state, client_part, server_part, specs, state_of
 from common.run import Run
 from common.rundir import RunFolder
+from common.tls import Credentials, Guard
 from common.wire.codec import batch_spec
 from common.wire.options import SLACK_BYTES, server_options
 from common.wire.pieces import PIECE_BYTES
 from common.wire.rpc import SERVICE
+from dsl_server.audit import Audit
 from dsl_server.inbox import Inbox
 from dsl_server.kernel import Sockets
 from dsl_server.record import Record
@@ -41,6 +43,7 @@ class Server:
     """`listen`: host:port, port 0 for any. Raises ConfigError when the run or the port cannot be.
 
     on_lost: told why a client is gone that the run goes on without.
+    credentials: with them clients need a certificate, and are who it says.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Server:
         device: torch.device,
         folder: RunFolder,
         on_lost: Callable[[ClosedError], None] = lambda _: None,
+        credentials: Credentials | None = None,
     ) -> None:
         run = settled(run)
         self.run, self._folder, self._on_lost = run, folder, on_lost
@@ -76,10 +80,21 @@ class Server:
         relayed = run.sync == "relay"
         part_specs = specs(state_of(theirs) if relayed else averaged_state(theirs, self.method))
         spec = batch_spec(run, self.method, net)
+        audit = Audit(folder, on_failure=self.rounds.close)
+        guard = Guard(credentials.folder) if credentials else None
         service = Service(
-            run, self.method, spec, part_specs, self.inbox, self.rounds, self.record, self._clock
+            run,
+            self.method,
+            spec,
+            part_specs,
+            self.inbox,
+            self.rounds,
+            self.record,
+            self._clock,
+            audit,
+            guard,
         )
-        self._grpc, self._health, self.port = _listen(listen, run.clients, service, self.traffic)
+        self._grpc, self._health, self.port = _listen(listen, run.clients, service, self.traffic, credentials)
         self.sockets.watch(self.port)
 
     def start(self) -> None:
@@ -130,7 +145,7 @@ class Server:
 
 
 def _listen(
-    listen: str, clients: int, service: Service, traffic: Traffic
+    listen: str, clients: int, service: Service, traffic: Traffic, credentials: Credentials | None
 ) -> tuple[grpc.Server, health.HealthServicer, int]:
     calls = _CALLS_OF_A_CLIENT * clients + _SPARE_CALLS
     server = grpc.server(
@@ -146,9 +161,17 @@ def _listen(
     if not host or not re.fullmatch(r"[0-9]{1,5}", number) or int(number) > 65535:
         raise ConfigError(f"--listen {listen}: say host:port, with a port from 0 to 65535")
     try:
-        port = server.add_insecure_port(listen)
+        port = _port(server, listen, credentials)
     except RuntimeError as error:
         raise ConfigError(
             f"--listen {listen}: cannot be bound; is the port in use? Choose another"
         ) from error
     return server, healthy, port
+
+
+def _port(server: grpc.Server, listen: str, credentials: Credentials | None) -> int:
+    if credentials is None:
+        return server.add_insecure_port(listen)
+    own = [(credentials.key, credentials.certificate)]
+    tls = grpc.ssl_server_credentials(own, credentials.authority, require_client_auth=True)
+    return server.add_secure_port(listen, tls)

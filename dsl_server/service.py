@@ -12,10 +12,13 @@ import grpc
 
 from common.errors import (
     ClosedError,
+    ForbiddenError,
     FullError,
+    IdentityError,
     RefusedError,
     SequenceError,
     SplitLearningError,
+    TakenError,
     WireError,
 )
 from common.meter import Clock, Traffic
@@ -24,11 +27,13 @@ from common.methods.hosting import Hosting
 from common.optim import progress_of
 from common.parts import Spec, head_state
 from common.run import Run
+from common.tls import Guard
 from common.wire import codec
 from common.wire import split_learning_pb2 as pb
 from common.wire.codec import BatchSpec
 from common.wire.pieces import Piece
 from common.wire.rpc import RPCS, SERVICE, VERSION, judged, reader, writer
+from dsl_server.audit import Audit
 from dsl_server.inbox import EpochEnd, Errand, Inbox, Job
 from dsl_server.record import Evaluation, Record
 from dsl_server.rounds import Member, Rounds
@@ -42,12 +47,15 @@ STATUS: tuple[tuple[type[SplitLearningError], grpc.StatusCode], ...] = (
     (SequenceError, grpc.StatusCode.ABORTED),
     (WireError, grpc.StatusCode.INVALID_ARGUMENT),
     (FullError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (TakenError, grpc.StatusCode.ALREADY_EXISTS),
+    (IdentityError, grpc.StatusCode.UNAUTHENTICATED),
+    (ForbiddenError, grpc.StatusCode.PERMISSION_DENIED),
     (SplitLearningError, grpc.StatusCode.FAILED_PRECONDITION),
 )
 
 
 class Service:
-    """One method for each RPC, named as the protocol names it."""
+    """One method for each RPC, named as the protocol names it. Without a guard names are taken as given."""
 
     def __init__(
         self,
@@ -59,11 +67,34 @@ class Service:
         rounds: Rounds,
         record: Record,
         clock: Clock,
+        audit: Audit,
+        guard: Guard | None,
     ) -> None:
         self._run, self._method, self._spec, self._part_specs = run, method, spec, part_specs
         self._inbox, self._rounds, self._record, self._clock = inbox, rounds, record, clock
+        self._audit, self._guard = audit, guard
 
     def Join(self, request: pb.JoinRequest, context: Context) -> Iterator[pb.JoinResponse]:
+        peer = context.peer()
+        try:
+            member = self._admitted(request, context)
+        except SplitLearningError as error:
+            self._audit("refused", peer, request.name, error)
+            raise
+        self._audit("joined", peer, member.name)
+        self._record.joined()
+        self._inbox.join(member.client)
+        if not context.add_callback(lambda: self._lost(member, peer)):
+            self._lost(member, peer)  # it has gone already
+        welcome = pb.Welcome(
+            version=VERSION, run=self._run.to_json(), client=member.client, session=member.session
+        )
+        yield pb.JoinResponse(welcome=welcome)
+        self._rounds.wait_until_left(member)
+
+    def _admitted(self, request: pb.JoinRequest, context: Context) -> Member:
+        """Raises why it may not be a member. Who it is comes first: strangers are told no more."""
+        name = self._guard.admit(context.auth_context()) if self._guard else request.name
         if not request.oldest_version <= VERSION <= request.newest_version:
             raise RefusedError(
                 f"the server speaks protocol version {VERSION}, the client "
@@ -71,22 +102,17 @@ class Service:
             )
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", request.name):
             raise WireError(f"client name {request.name[:64]!r}: use 1 to 64 letters, digits, '.', '_', '-'")
-        member = self._rounds.join(request.name)
-        self._record.joined()
-        self._inbox.join(member.client)
-        if not context.add_callback(lambda: self._rounds.lost(member)):
-            self._rounds.lost(member)  # it has gone already
-        welcome = pb.Welcome(
-            version=VERSION, run=self._run.to_json(), client=member.client, session=member.session
-        )
-        yield pb.JoinResponse(welcome=welcome)
-        self._rounds.wait_until_left(member)
+        if request.name != name:
+            raise ForbiddenError(
+                f"this certificate is that of {name!r}, not of {request.name!r}: leave --name out"
+            )
+        return self._rounds.join(name, once=self._guard is not None)
 
     def StreamActivations(self, requests: Pieces, context: Context) -> pb.StreamActivationsResponse:
         if not self._method.one_way:
             raise RefusedError(f"{self._method.name} answers batches; send them by Train")
         job = None
-        for job in self._batches(requests):
+        for job in self._batches(requests, context):
             self._inbox.put(job)
         return pb.StreamActivationsResponse(applied=_settled(job))
 
@@ -94,10 +120,10 @@ class Service:
         if self._method.one_way:
             raise RefusedError(f"{self._method.name} answers nothing; send by StreamActivations")
         job = None
-        for job in self._batches(requests):
+        for job in self._batches(requests, context):
             self._inbox.put(job)
             if self._method.tail is Tail.LAST:
-                yield from self._through_tail(job, requests)
+                yield from self._through_tail(job, requests, context.peer())
             if job.wanted:
                 trained = job.answer.result()
                 yield from codec.pack_gradient(
@@ -108,7 +134,7 @@ class Service:
     def SyncWeights(self, requests: Pieces, context: Context) -> Iterator[Piece[pb.SyncWeightsResponse]]:
         specs = self._part_specs
         head, part = codec.unpack_weights(_first(requests), requests, specs)
-        member = self._rounds.member(head.session)
+        member = self._member(head.session, context)
         answer = {}
         if head.purpose == pb.SYNC_PURPOSE_AVERAGE and self._run.sync == "average" and part:
             answer = self._rounds.average(member, head.epoch, part, head.samples)
@@ -135,7 +161,7 @@ class Service:
 
     def Evaluate(self, requests: Pieces, context: Context) -> Iterator[Piece[pb.EvaluateResponse]]:
         opening = _opening(requests, "evaluation")
-        member = self._rounds.member(opening.session)
+        member = self._member(opening.session, context)
         if opening.epoch >= self._run.epochs:
             raise WireError(
                 f"an evaluation of epoch {opening.epoch}: the run has 0 to {self._run.epochs - 1}"
@@ -171,25 +197,26 @@ class Service:
         yield Piece(pb.EvaluateResponse(score=score))
 
     def Leave(self, request: pb.LeaveRequest, context: Context) -> pb.LeaveResponse:
-        member = self._rounds.member(request.session)
+        member = self._member(request.session, context)
         if request.failure:
-            self._rounds.lost(member, f"failed: {request.failure[:500]!r}")
+            self._lost(member, context.peer(), f"failed: {request.failure[:500]!r}")
             return pb.LeaveResponse()
         if member.receiving and self._method.tail is Tail.LAST:
             raise RefusedError(f"{member} has not finished its segment: the trainer may wait for a gradient")
         self._record.left(request.measurements)
         self._inbox.leave(member.client)
+        self._audit("left", context.peer(), member.name)
         self._rounds.leave(member)
         return pb.LeaveResponse()
 
-    def _through_tail(self, job: Job, requests: Pieces) -> Iterator[Piece[pb.TrainResponse]]:
+    def _through_tail(self, job: Job, requests: Pieces, peer: str) -> Iterator[Piece[pb.TrainResponse]]:
         """Gives the client the batch's output, and the trainer the gradient that comes for it.
 
         Meanwhile the trainer waits; with a round timeout a client that takes longer is lost.
         """
         tail, timeout = job.through_tail, self._run.round_timeout
         job.answer.add_done_callback(lambda answer: tail.fail(answer.exception() or _TRAINED))
-        late = threading.Timer(min(timeout, threading.TIMEOUT_MAX), self._lose, [job.client])
+        late = threading.Timer(min(timeout, threading.TIMEOUT_MAX), self._lose, [job.client, peer])
         late.daemon = True
         try:
             output = tail.output.result()
@@ -209,17 +236,27 @@ class Service:
             late.cancel()
             tail.fail(ClosedError(f"client {job.client} gave no gradient for batch {job.sequence}"))
 
-    def _lose(self, client: int) -> None:
-        member = self._rounds.members()[client]
-        self._rounds.lost(
-            member,
-            f"kept the others waiting for more than {self._run.round_timeout:g} s: raise --round-timeout",
-        )
+    def _lose(self, client: int, peer: str) -> None:
+        late = f"kept the others waiting for more than {self._run.round_timeout:g} s: raise --round-timeout"
+        self._lost(self._rounds.members()[client], peer, late)
 
-    def _batches(self, requests: Pieces) -> Iterator[Job]:
+    def _member(self, session: str, context: Context) -> Member:
+        """Whose session it is. Raises ForbiddenError where another makes the call."""
+        member = self._rounds.member(session)
+        if self._guard and (name := self._guard.name(context.auth_context())) != member.name:
+            error = ForbiddenError(f"this session is not one of {name!r}")
+            self._audit("refused", context.peer(), name, error)
+            raise error
+        return member
+
+    def _lost(self, member: Member, peer: str, *how: str) -> None:
+        if reason := self._rounds.lost(member, *how):
+            self._audit("lost", peer, member.name, reason)
+
+    def _batches(self, requests: Pieces, context: Context) -> Iterator[Job]:
         """The jobs of one segment, each checked; raises WireError unless it holds what it declared."""
         segment = _opening(requests, "segment")
-        member = self._rounds.member(segment.session)
+        member = self._member(segment.session, context)
         if not 0 <= segment.epoch < self._run.epochs or not 1 <= segment.batches <= segment.samples:
             raise WireError(
                 f"{member}: a segment of epoch {segment.epoch} with {segment.batches} batches and "

@@ -17,6 +17,7 @@ from common.nets.cut import build
 from common.parts import client_part
 from common.run import Run
 from common.rundir import RunFolder
+from common.tls import Credentials
 from common.wire.codec import BatchSpec, batch_spec
 from dsl_client.connection import Connection
 from dsl_client.trainer import Trainer
@@ -63,10 +64,11 @@ def spec_of(run: Run) -> BatchSpec:
 
 
 @contextlib.contextmanager
-def serving(run: Run, folder: Path) -> Iterator[Server]:
+def serving(run: Run, folder: Path, credentials: Credentials | None = None) -> Iterator[Server]:
     """A real server on a free port of loopback, stopped at the end."""
     run = settled(run)
-    server = Server(run, "127.0.0.1:0", CPU, RunFolder(folder / "server", run, "server"))
+    out = RunFolder(folder / "server", run, "server")
+    server = Server(run, "127.0.0.1:0", CPU, out, credentials=credentials)
     server.start()
     try:
         yield server
@@ -74,9 +76,11 @@ def serving(run: Run, folder: Path) -> Iterator[Server]:
         server.stop(ClosedError("the test is over"))
 
 
-def connect(server: Server, name: str = "someone") -> tuple[Connection, int]:
+def connect(
+    server: Server, name: str = "someone", credentials: Credentials | None = None
+) -> tuple[Connection, int]:
     """A member of the run, and its index."""
-    connection = Connection(f"127.0.0.1:{server.port}", Traffic(), Clock())
+    connection = Connection(f"127.0.0.1:{server.port}", Traffic(), Clock(), credentials)
     return connection, connection.join(name, patience=10).client
 
 
@@ -96,13 +100,19 @@ def train(run: Run, connection: Connection, client: int, data: Batches, test: Ba
 
 
 def federation(
-    run: Run, folder: Path, data: Sequence[Batches]
+    run: Run, folder: Path, data: Sequence[Batches], certs: Path | None = None
 ) -> tuple[Server, list[ClientPart], dict[str, Any]]:
-    """Every client in a thread of its own against a real server; the server, parts, and summary."""
+    """Every client in a thread of its own against a real server; the server, parts, and summary.
+
+    certs: a folder as of `dsl certs`, with clients named client-0 and so on.
+    """
     run = settled(run)
     test = Batches(run, seed=99, samples=20)
-    with serving(run, folder) as server, ThreadPoolExecutor(len(data)) as pool:
-        members = [connect(server) for _ in data]
+    own = Credentials.read(certs, "server") if certs else None
+    with serving(run, folder, own) as server, ThreadPoolExecutor(len(data)) as pool:
+        names = [f"client-{index}" for index in range(len(data))]
+        theirs = [certs and Credentials.read(certs / "clients" / name, "client") for name in names]
+        members = [connect(server, *who) for who in zip(names, theirs, strict=True)]
         parts: list[Future[ClientPart]] = [
             pool.submit(train, run, connection, client, data[client], test) for connection, client in members
         ]

@@ -11,6 +11,7 @@ import torch
 
 from common.methods.base import Smashed
 from common.run import Run
+from common.tls import Credentials
 from common.wire import split_learning_pb2 as pb
 from common.wire.rpc import Rpc
 from common.wire.split_learning_pb2_grpc import SplitLearningServiceStub
@@ -39,13 +40,23 @@ def batch_message(kind: type[Any], sequence: int, batch: Smashed) -> Any:
     return kind(batch=head, data=batch.z.numpy().tobytes() + batch.y.byte().numpy().tobytes())
 
 
+def channel_to(server: Server, credentials: Credentials | None = None) -> grpc.Channel:
+    target = f"127.0.0.1:{server.port}"
+    options = [("grpc.max_send_message_length", -1), ("grpc.enable_http_proxy", 0)]
+    if credentials is None:
+        return grpc.insecure_channel(target, options)
+    shown = (credentials.authority, credentials.key, credentials.certificate)
+    return grpc.secure_channel(target, grpc.ssl_channel_credentials(*shown), options)
+
+
 class Ordinary:
     """A member of the run. `sequence`: the number of its last batch that the server has."""
 
-    def __init__(self, server: Server, name: str = "ordinary") -> None:
+    def __init__(
+        self, server: Server, name: str = "ordinary", credentials: Credentials | None = None
+    ) -> None:
         self.run, self.sequence = server.run, 0
-        target, unlimited = f"127.0.0.1:{server.port}", ("grpc.max_send_message_length", -1)
-        self.channel = grpc.insecure_channel(target, [unlimited, ("grpc.enable_http_proxy", 0)])
+        self.channel = channel_to(server, credentials)
         self.stub: Any = SplitLearningServiceStub(self.channel)  # type: ignore[no-untyped-call]
         request = pb.JoinRequest(oldest_version=1, newest_version=1, name=name)
         self.membership = self.stub.Join(request)
@@ -108,8 +119,10 @@ class Ordinary:
 
 
 @contextlib.contextmanager
-def member(server: Server, name: str = "ordinary") -> Iterator[Ordinary]:
-    client = Ordinary(server, name)
+def member(
+    server: Server, name: str = "ordinary", credentials: Credentials | None = None
+) -> Iterator[Ordinary]:
+    client = Ordinary(server, name, credentials)
     try:
         yield client
     finally:

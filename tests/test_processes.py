@@ -276,7 +276,7 @@ def test_one_client_too_many_is_refused_and_the_run_goes_on(start: Start, addres
         (["--recipe", "best"], "--recipe 'best': choose from modern, paper"),
         (["--device", "cuda:99"], "--device 'cuda:99': this machine has cpu"),
         (["--lr", "0"], "--lr 0.0 is not a positive number"),
-        (["--listen", "256.1.1.1:1"], "--listen 256.1.1.1:1: cannot be bound"),
+        (["--listen", "256.1.1.1:1", "--insecure"], "--listen 256.1.1.1:1: cannot be bound"),
     ],
 )
 def test_a_wrong_value_is_one_line_that_names_it(flags: list[str], words: str, start: Start) -> None:

@@ -760,8 +760,9 @@ def test_in_dsl_activations_go_up_and_no_gradient_comes_down(clients: int, tmp_p
     assert wire["up"]["labels"] == trained
     assert wire["up"]["evaluation"] == scored * (SAMPLE_BYTES + 1)
     assert wire["up"]["weights"] == 0
-    assert wire["down"] == {"gradients": 0, "weights": 0, "framing": 0, "control": wire["down"]["control"]}
-    assert wire["down"]["control"] < 2000 * clients, "a welcome, receipts and scores"
+    control = wire["down"].pop("control")
+    assert not any(wire["down"].values()), wire["down"]
+    assert control < 2000 * clients, "a welcome, receipts and scores"
 
 
 def test_in_csl_as_many_bytes_come_down_as_go_up(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ took a minute; `http2.ping_timeout_ms` is what makes it seconds (docs/architectu
 
 KEEPALIVE_MS = 4000
 PING_TIMEOUT_MS = 4000
+HANDSHAKE_MS = 10_000  # for a connection that has said nothing yet, or half of what TLS needs
 METADATA_BYTES = 8192
 SLACK_BYTES = 1 << 16  # heads, in a message of one piece
 
@@ -41,5 +42,5 @@ def server_options(message_bytes: int) -> Options:
         *_both(message_bytes),
         ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
         ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
-        ("grpc.server_handshake_timeout_ms", 10_000),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
     ]

@@ -1,0 +1,32 @@
+"""Who came, was refused, left or was lost: a line each in audit.jsonl."""
+
+import time
+from collections.abc import Callable
+from typing import Literal
+from urllib.parse import unquote
+
+from common.errors import ClosedError
+from common.rundir import RunFolder
+
+Event = Literal["joined", "refused", "left", "lost"]
+
+
+class Audit:
+    """`on_failure`: told why it cannot be written; nobody is served unrecorded."""
+
+    def __init__(self, folder: RunFolder, on_failure: Callable[[ClosedError], None]) -> None:
+        self._folder, self._on_failure = folder, on_failure
+
+    def __call__(self, event: Event, peer: str, name: str, reason: object = "") -> None:
+        """`peer`: an address as gRPC has it. JSON escapes what a client may have put into its name."""
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "event": event,
+            "peer": unquote(peer),
+            "name": name[:64],
+            "reason": str(reason),
+        }
+        try:
+            self._folder.add_line("audit.jsonl", line)
+        except OSError as error:
+            self._on_failure(ClosedError(f"the server cannot write its audit log: {error.strerror}"))
