@@ -79,7 +79,7 @@ def _main(arguments: list[str]) -> int:
 def _joined(client: "Client", run: "Run", server: str) -> str:
     return (
         f"client {client.index} of {run.clients} at {server}: {run.method} on {run.model} cut at "
-        f"{run.split}, {run.epochs} epochs of {run.data}"
+        f"{run.split}, {run.epochs} epoch{'s' if run.epochs > 1 else ''} of {run.data}"
     )
 
 

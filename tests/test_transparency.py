@@ -44,6 +44,8 @@ SETTINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("dsl", {"method_arg": ("lambda_=0.5", "q=3")}),
     ("dsl", {"model": "resnet14", "split": "3", "client_modules": 2, "server_modules": 3}),
     ("cse-fsl", {"method_arg": ("h=2",), "model": "resnet14", "split": "2", "client_modules": 2}),
+    ("dsl", {"head": "infopro"}),
+    ("dsl", {"head": "copy"}),
     ("fsl-sage", {"method_arg": ("q=2", "l=2")}),
     ("ampere", {"method_arg": ("server_epochs=3", "server_batch=16")}),
     ("ushape", {"method_arg": ("learning=dsl",)}),
@@ -69,9 +71,8 @@ def runs() -> Iterator[Run]:
 
 def name_of(run: Run) -> str:
     modules = f"{run.client_modules}x{run.server_modules}" if run.client_modules > 1 else ""
-    return "-".join(
-        filter(None, [run.method, run.sync, str(run.clients), *run.method_arg, *run.codec, modules])
-    )
+    facts = [run.method, run.sync, str(run.clients), *run.method_arg, *run.codec, modules]
+    return "-".join([*filter(None, facts), *({run.head} - {"gap"})])
 
 
 def trained_on(run: Run, method: Method, data: Sequence[Batches]) -> int:
