@@ -1,7 +1,7 @@
 """GAPSL: angles, leaders and who is kept by hand, and whole runs against loops in plain torch."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -26,15 +26,6 @@ from tests.plain import (
     shares,
     trained,
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
 
 DEGREE = math.pi / 180
 

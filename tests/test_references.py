@@ -3,8 +3,6 @@
 The references know nothing of a cut: where they can, they differentiate each client's whole network.
 """
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,14 +23,6 @@ from tests.plain import (
     shares,
     trained,
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_psl_steps_on_the_mean_of_all_samples_and_each_client_on_its_own() -> None:

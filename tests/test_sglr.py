@@ -1,6 +1,6 @@
 """SGLR: its two averages by hand, its phases, and whole runs against loops in plain torch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -27,14 +27,6 @@ from tests.plain import (
     shares,
     trained,
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def rows(*numbers: float) -> Tensor:

@@ -20,14 +20,6 @@ from dsl_lab.simulate import federate
 from tests.federation import CPU, Batches, federation, small_run
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def fresh(run: Run) -> tuple[list[ClientPart], ServerPart]:
     method = build_method(run)
     clients = [client_part(run, method, build(run), CPU) for _ in range(run.clients)]
