@@ -242,7 +242,9 @@ def test_a_server_holds_the_activations_of_one_module_at_a_time(modules: int, ma
 def test_there_are_no_more_modules_than_blocks(setting: str, blocks: int) -> None:
     """ResNet-8 cut after its first block."""
     build(small_run(**{setting: blocks}))
-    says = f"--{setting.replace('_', '-')} {blocks + 1}: there are {blocks} blocks to make modules of"
+    says = (
+        f"--{setting.replace('_', '-')} {blocks + 1}: modules are made of blocks, and this end has {blocks}"
+    )
     with pytest.raises(ConfigError, match=says):
         build(small_run(**{setting: blocks + 1}))
 

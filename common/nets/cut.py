@@ -125,7 +125,9 @@ def _heads_between(
     blocks = sum(isinstance(layer, Block) for layer in layers)
     if count > max(1, blocks):
         flag = f"--{setting.replace('_', '-')}"
-        raise ConfigError(f"{flag} {count}: there are {blocks} blocks to make modules of; choose fewer")
+        raise ConfigError(
+            f"{flag} {count}: modules are made of blocks, and this end has {blocks}; choose fewer"
+        )
     parts, heads = slices(layers, count), []
     for index, part in enumerate(parts[:-1]):
         shape = shape_after(part, shape)
