@@ -17,19 +17,25 @@ Spec = tuple[torch.dtype, tuple[int, ...]]
 def client_part(run: Run, method: Method, net: CutNet, device: torch.device) -> ClientPart:
     bottom = net.bottom.to(device)
     head = net.head.to(device) if method.local_loss else None
-    tail = {Tail.NONE: None, Tail.LAST: net.top[-1:], Tail.ALL: net.top}[method.tail]
+    tail = after_cut(net, method)[1].to(device) if method.tail is not Tail.NONE else None
     inner, last = _stages(bottom, net.bottom_heads, device)
-    learned = [bottom, head, *(stage.head for stage in inner), None if tail is None else tail.to(device)]
+    learned = [bottom, head, *(stage.head for stage in inner), tail]
     return ClientPart(bottom, head, sgd(_parameters(learned), run), tail, inner, last)
 
 
 def server_part(run: Run, method: Method, net: CutNet, device: torch.device) -> ServerPart:
-    top = {Tail.NONE: net.top, Tail.LAST: net.top[:-1], Tail.ALL: nn.Sequential()}[method.tail].to(device)
+    top = after_cut(net, method)[0].to(device)
     head = net.head.to(device) if method.new_head else None
     inner, last = _stages(top, net.top_heads, device)
     learned = [top, *(stage.head for stage in inner)]
     chance = torch.Generator().manual_seed(run.seed)
     return ServerPart(top, sgd(_parameters(learned), run), chance, inner, last, head)
+
+
+def after_cut(net: CutNet, method: Method) -> tuple[nn.Sequential, nn.Sequential]:
+    """The layers after the cut: those of the server, and those that the client has."""
+    servers = {Tail.NONE: len(net.top), Tail.LAST: len(net.top) - 1, Tail.ALL: 0}[method.tail]
+    return net.top[:servers], net.top[servers:]
 
 
 def state_of(part: Part, momentum: bool = True) -> State:

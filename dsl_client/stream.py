@@ -176,8 +176,7 @@ class Segment:
                     raise WireError("the server answered a batch that was not sent")
 
     def _wanted(self) -> bool:
-        every = self._method.answer_every
-        return every > 0 and (self._sequence - self._first) % every == 0
+        return self._method.answered(self._sequence - self._first)
 
     def _gradient(self, device: torch.device) -> Tensor | None:
         first, rest = self._stream.following()

@@ -82,7 +82,7 @@ class Trainer:
     def _epoch(self, epoch: int, data: Batches, on_step: Callable[[Step], None]) -> Tensor | None:
         """Trains on each batch once; the client's own mean loss () over the epoch, if it has one."""
         batches, method = len(data), self._method
-        sent = range(0, batches, method.send_every) if method.send_every else range(0)
+        sent = method.sent(batches)
         segment = self._segment(epoch, data, sent) if sent else None
         total: Tensor | None = None
         for index, (x, y) in enumerate(data.epoch(epoch)):

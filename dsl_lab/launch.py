@@ -33,7 +33,9 @@ class Experiment:
 
     @property
     def clients(self) -> int:
-        return int(str(self.settings.get("clients", 1)))
+        clients = self.settings.get("clients", 1)
+        assert isinstance(clients, int), "a whole number, like --clients"
+        return clients
 
     @property
     def server_folder(self) -> Path:

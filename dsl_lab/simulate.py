@@ -138,7 +138,7 @@ class _Talk:
 def _turn(
     run: Run, method: Method, client: int, batches: Sequence[tuple[Tensor, Tensor]], epoch: int, index: int
 ) -> Turn:
-    sent = range(0, len(batches), method.send_every) if method.send_every else range(0)
+    sent = method.sent(len(batches))
     here = progress_of(run, epoch, index, len(batches))
     if index not in sent:
         return Turn(client, *batches[index], client_progress=here, server_progress=None)
@@ -149,7 +149,7 @@ def _turn(
         client_progress=here,
         server_progress=progress_of(run, epoch, place, len(sent)),
         sequence=epoch * len(sent) + place + 1,
-        wanted=method.answer_every > 0 and place % method.answer_every == 0,
+        wanted=method.answered(place),
     )
 
 

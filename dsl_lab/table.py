@@ -31,7 +31,7 @@ HEADINGS = (
 )
 NOTES = (
     "Joined: the client's part and the server's. Client alone: with its own auxiliary head. "
-    "Payload: tensors of training (activations and labels up, gradients down). "
+    "Payload: tensors of training (activations, labels, gradients; not weights). "
     "Socket: all that the kernel counted, evaluation and HTTP/2 included. "
     "Peak: most memory held at once. MB = 10⁶ bytes, MiB = 2²⁰ bytes."
 )

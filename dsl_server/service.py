@@ -150,8 +150,8 @@ class Service:
             and not part
             and member.received
         ):
-            do = partial(Hosting.new_head, client=member.client)
-            answer = head_state(self._errand(member, "make a head", do).result())
+            made = self._errand(member, "make a head", Hosting.new_head, client=member.client)
+            answer = head_state(made.result())
         else:
             raise WireError(
                 f"purpose {head.purpose} with {len(part)} tensors: the run's sync is {self._run.sync}"
@@ -167,7 +167,6 @@ class Service:
                 f"an evaluation of epoch {opening.epoch}: the run has 0 to {self._run.epochs - 1}"
             )
         self._rounds.wait_until_received(member, opening.after_sequence)
-        do: Callable[[Hosting], Any]
         samples, scores, closing = 0, list[Future[Any]](), pb.ClientScore()
         for first in requests:
             if first.head.WhichOneof("head") == "client_score":
@@ -178,12 +177,10 @@ class Service:
             sequence, batch = self._unpack(first, requests)
             samples += len(batch.z)
             if self._method.tail is Tail.LAST:
-                do = partial(Hosting.output, z=batch.z)
-                output = self._errand(member, "score a batch", do).result()
+                output = self._errand(member, "score a batch", Hosting.output, z=batch.z).result()
                 yield from codec.pack_output(pb.EvaluateResponse, sequence, output, self._spec, member.client)
             else:
-                do = partial(Hosting.score, z=batch.z, y=batch.y)
-                scores.append(self._errand(member, "score a batch", do))
+                scores.append(self._errand(member, "score a batch", Hosting.score, z=batch.z, y=batch.y))
         score = _score(samples, scores) if self._method.tail is Tail.NONE else closing.score
         if self._method.tail is Tail.LAST and score.samples != samples:
             raise WireError(f"a score of {score.samples} images: {samples} were sent")
@@ -216,7 +213,7 @@ class Service:
         """
         tail, timeout = job.through_tail, self._run.round_timeout
         job.answer.add_done_callback(lambda answer: tail.fail(answer.exception() or _TRAINED))
-        late = threading.Timer(min(timeout, threading.TIMEOUT_MAX), self._lose, [job.client, peer])
+        late = threading.Timer(min(timeout, threading.TIMEOUT_MAX), self._give_up_on, [job.client, peer])
         late.daemon = True
         try:
             output = tail.output.result()
@@ -236,7 +233,7 @@ class Service:
             late.cancel()
             tail.fail(ClosedError(f"client {job.client} gave no gradient for batch {job.sequence}"))
 
-    def _lose(self, client: int, peer: str) -> None:
+    def _give_up_on(self, client: int, peer: str) -> None:
         late = f"kept the others waiting for more than {self._run.round_timeout:g} s: raise --round-timeout"
         self._lost(self._rounds.members()[client], peer, late)
 
@@ -282,17 +279,16 @@ class Service:
             if over or batches > segment.batches:
                 raise _miscounted(member, segment, batches, samples)
             progress = progress_of(self._run, segment.epoch, batches - 1, segment.batches)
-            every = self._method.answer_every
-            wanted = every > 0 and (batches - 1) % every == 0
-            yield Job(member.client, sequence, smashed, progress, wanted)
+            yield Job(member.client, sequence, smashed, progress, self._method.answered(batches - 1))
             if last:
                 self._inbox.put(EpochEnd(member.client))
             self._rounds.receive(member, sequence)  # it is in its lane: what comes now comes after it
         if batches < segment.batches:
             raise _miscounted(member, segment, batches, samples)
 
-    def _errand(self, member: Member, what: str, do: Callable[[Hosting], Any]) -> Future[Any]:
-        errand = Errand(member.client, what, do)
+    def _errand(self, member: Member, what: str, do: Callable[..., Any], **given: Any) -> Future[Any]:
+        """What a method of the hosting gives for this, in the member's turn."""
+        errand = Errand(member.client, what, partial(do, **given))
         self._inbox.put(errand)
         return errand.answer
 

@@ -7,17 +7,20 @@ import sys
 import pytest
 
 BUSY = """
-import sys, threading, time
+import sys, threading
 import torch
 from common import cli
+
+busy = threading.Event()
 
 def work():
     z = torch.randn(300, 300)
     while True:
         z @ z
+        busy.set()
 
 threading.Thread(target=work, daemon=True).start()
-time.sleep(0.1)
+busy.wait()
 print("the last words")
 {end}(69)
 """

@@ -174,6 +174,14 @@ class Method:
         """Whether nothing that a client sends in training is answered."""
         return self.answer_every == 0 and self.tail is not Tail.LAST
 
+    def sent(self, batches: int) -> range:
+        """Which of an epoch's batches are sent, from 0."""
+        return range(0, batches, self.send_every) if self.send_every else range(0)
+
+    def answered(self, place: int) -> bool:
+        """Whether dL/dz comes back for the batch at this place, from 0, of those sent in a segment."""
+        return self.answer_every > 0 and place % self.answer_every == 0
+
 
 def run_step(step: Step, wire: Callable[[Sent], Tensor | None]) -> Tensor | None:
     """Runs a client step to its end over the wire; returns its local loss, if it has one."""

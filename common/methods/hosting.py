@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.errors import ClosedError
-from common.methods.base import Answer, Method, Received, ServerPart, Tail
+from common.methods.base import Answer, Method, Received, ServerPart
 from common.optim import learning_rate, set_learning_rate, sgd
 from common.parts import average, load_state, state_of
 from common.run import Run
@@ -36,15 +35,7 @@ class Hosting:
         progress = sum(batch.progress for batch in group) / len(group)
         self._pace(part, progress)
         self._samples[index] += sum(len(batch.z) for batch in group)
-        if self._method.tail is not Tail.LAST:
-            return self._method.server_step(part, group)
-        buffers = [(buffer, buffer.clone()) for buffer in part.top.buffers()]
-        try:
-            return self._method.server_step(part, group)
-        except ClosedError:  # the gradient did not come: the batch leaves no trace in BatchNorm's statistics
-            for buffer, before in buffers:
-                buffer.copy_(before)
-            raise
+        return self._method.server_step(part, group)
 
     def end_round(self) -> Answer | None:
         """What the method does when every client's batches have come.

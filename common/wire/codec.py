@@ -18,7 +18,7 @@ from common.codecs.travel import Travel, Way
 from common.errors import WireError
 from common.methods.base import Method, Smashed, Tail
 from common.nets.cut import CutNet, shape_after
-from common.parts import Spec, State
+from common.parts import Spec, State, after_cut
 from common.run import Run
 from common.wire import split_learning_pb2 as pb
 from common.wire.pieces import PIECE_BYTES, Head, Piece
@@ -54,7 +54,7 @@ class BatchSpec:
 
 def batch_spec(run: Run, method: Method, net: CutNet) -> BatchSpec:
     """What both ends know of the run's batches."""
-    output = shape_after(net.top[:-1], net.cut_shape) if method.tail is Tail.LAST else ()
+    output = shape_after(after_cut(net, method)[0], net.cut_shape) if method.tail is Tail.LAST else ()
     return BatchSpec(
         net.cut_shape,
         run.batch_size,
@@ -208,23 +208,13 @@ def _pack(
     On a GPU it is encoded at once, so that what crosses to the host is small; else by whoever pulls
     the pieces, beside the thread that computes.
     """
-    if tensor.device.type == "cpu":
-        return _encoded(kind, field, head, tensor, travels, others, later)
-    payload = _encode(head, tensor, travels)
-    return _cut(kind, {field: head}, [*payload, *others], later)
+    early = None if tensor.device.type == "cpu" else _encode(head, tensor, travels)
 
+    def pieces() -> Iterator[Piece[Head]]:
+        payload = early or _encode(head, tensor, travels)
+        yield from _cut(kind, {field: head}, [*payload, *others], later)
 
-def _encoded(
-    kind: type[Head],
-    field: str,
-    head: Any,
-    tensor: Tensor,
-    travels: Travels,
-    others: Sequence[Tensor],
-    later: Mapping[str, Any],
-) -> Iterator[Piece[Head]]:
-    payload = _encode(head, tensor, travels)
-    yield from _cut(kind, {field: head}, [*payload, *others], later)
+    return pieces()
 
 
 def _encode(head: Any, tensor: Tensor, travels: Travels) -> list[Tensor]:
