@@ -165,6 +165,7 @@ class Trainer:
         """Takes the head that the server has made for this client, when one is due."""
         method, head = self._method, self._part.head
         if method.new_head and head is not None and (epoch + 1) % method.head_every == 0:
+            self._connection.settle()  # the head is to be made of all that was sent
             purpose = pb.SYNC_PURPOSE_TAKE_HEAD
             load_state(self._part, self._connection.sync(purpose, epoch, {}, 0, specs(head_state(head))))
 

@@ -1,5 +1,6 @@
 """What crosses a real wire must train as if there were none: bit for bit."""
 
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from common.optim import learning_rate, sgd
 from common.parts import client_part, server_part, state_of
 from common.run import Run
 from dsl_lab.simulate import federate
+from dsl_server.inbox import Inbox, Item, Job
 from tests.federation import CPU, Batches, federation, small_run
 
 
@@ -88,6 +90,27 @@ def test_the_wire_changes_nothing(run: Run, tmp_path: Path) -> None:
     for far, part in zip(parts, near, strict=True):
         assert_equal(far, part)
     assert server.record.samples_trained == trained_on(run, method, data)
+
+
+def test_a_head_is_made_of_batches_that_were_still_on_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = small_run(method="fsl-sage", method_arg=("q=1", "l=1"), fixed_order=True)
+    data = [Batches(run, seed=1, samples=44)]
+    put = Inbox.put
+
+    def put_late(inbox: Inbox, item: Item) -> None:
+        if isinstance(item, Job):
+            time.sleep(0.05)  # its client asks for the head meanwhile
+        put(inbox, item)
+
+    monkeypatch.setattr(Inbox, "put", put_late)
+    server, (part,), _ = federation(run, tmp_path, data)
+
+    method, (near, near_server) = build_method(run), fresh(run)
+    federate(run, method, near, Hosting(run, method, near_server), data)
+    assert_equal(server.part, near_server)
+    assert_equal(part, near[0])
 
 
 def test_csl_with_one_client_is_backpropagation_of_the_whole_network(tmp_path: Path) -> None:
