@@ -29,9 +29,12 @@ def learning_rate(run: Run, progress: float) -> float:
     return run.lr
 
 
-def progress_of(run: Run, epoch: int, batch: int, batches: int) -> float:
-    """How much of the run lies before this batch of a client's epoch, both counted from 0."""
-    return (epoch + batch / batches) / run.epochs
+def progress_of(run: Run, epoch: int, batch: int, batches: int, first_epoch: int = 0) -> float:
+    """How much of the run lies before this batch of a client's epoch, both counted from 0.
+
+    first_epoch: where it begins for who learns only from then on.
+    """
+    return (epoch - first_epoch + batch / batches) / (run.epochs - first_epoch)
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:

@@ -6,6 +6,7 @@ Knows flags, TOML and JSON. Knows no tensors: `--help` must not wait for torch.
 import difflib
 import json
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -17,6 +18,8 @@ from common.errors import ConfigError
 Sync = Literal["auto", "none", "average", "relay"]
 Schedule = Literal["constant", "cosine", "step"]
 Recipe = Literal["modern", "paper"]
+Link = Literal["fixed", "auto"]
+Store = Literal["memory", "disk"]
 
 # What a recipe sets where neither a flag nor the file says otherwise. `paper`: arXiv 2601.19261,
 # section IV, with the weight decay of its authors' code. `modern`: benchmarks/accuracy.
@@ -120,7 +123,24 @@ class Run:
     """Step on the clients' batches strictly in turn, so that a run repeats bit for bit."""
     codec: tuple[str, ...] = ()
     """How tensors are made small for the wire: activations=NAME gradients=NAME, of fp32, fp16, bf16, fp8,
-    int8, int4, int2, topk:K, randtopk:K, each also with +zstd. Default: fp32, as they are."""
+    int8, int4, int2, topk:K, randtopk:K, each also with +zstd (compressed) and +ef (error feedback: what
+    coding takes away is added to the next tensor). Default: fp32, as they are."""
+    send_every: int = 0
+    """Of methods that send one way: batches from one that is sent to the next; 0: as the method has it."""
+    send_last_epochs: int = 0
+    """Likewise: send in so many of the last epochs only, when features are ready; 0: in every epoch."""
+    replay: str = ""
+    """Likewise: the server keeps what it receives, as it came, up to so many bytes (such as 500MB), and
+    learns from it again: when nothing else waits, and before anything is scored."""
+    reuse: int = 4
+    """With --replay: how often the server learns from a batch at most, the first time included."""
+    replay_on: Store = "memory"
+    """Where it is kept: memory, or disk (in the run's folder)."""
+    link: Link = "fixed"
+    """Likewise: auto lets each client choose codec and sending rate so that it never waits for the link."""
+    budget: str = ""
+    """Likewise: bytes that all clients together may send to train on (such as 500MB): they choose codec and
+    epochs so that it is spent late, when features are ready."""
     outbox: int = 2
     """Batches that may wait at a client to be sent."""
     inbox: int = 2
@@ -149,6 +169,19 @@ class Run:
     def least_clients(self) -> int:
         """With fewer that remain the run is over: the quorum, where there is one."""
         return self.quorum or self.clients
+
+    @property
+    def chooses(self) -> bool:
+        """Whether clients choose their codecs, batch by batch."""
+        return self.link == "auto" or bool(self.budget)
+
+    @property
+    def replay_bytes(self) -> int:
+        return bytes_of("--replay", self.replay)
+
+    @property
+    def budget_bytes(self) -> int:
+        return bytes_of("--budget", self.budget)
 
     def evaluates(self, epoch: int) -> bool:
         """Whether the test set is scored after this epoch, counted from 0."""
@@ -188,6 +221,8 @@ class Run:
             raise ConfigError(f"--round-timeout {self.round_timeout} is not a number of seconds from 0 on")
         if min(self.image_shape) < 1:
             raise ConfigError(f"--image {' '.join(map(str, self.image_shape))} has an empty side")
+        for name in ("replay", "budget"):
+            bytes_of(f"--{name}", getattr(self, name))  # raises where it is no size
         if not self.name or set(self.name) - _NAME_CHARACTERS:
             raise ConfigError(f"--name {self.name!r}: use letters, digits, '.', '_' and '-'")
         if self.partition not in ("iid", "own") and not _is_dirichlet(self.partition):
@@ -210,13 +245,32 @@ _LEAST = {
     "outbox": 1,
     "inbox": 1,
     "quorum": 0,
+    "send_every": 0,
+    "send_last_epochs": 0,
+    "reuse": 2,
 }
 _ALLOWED = {
     "sync": ("auto", "none", "average", "relay"),
     "schedule": ("constant", "cosine", "step"),
     "recipe": tuple(RECIPES),
+    "link": ("fixed", "auto"),
+    "replay_on": ("memory", "disk"),
 }
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+
+
+def bytes_of(flag: str, size: str) -> int:
+    """The bytes of a size such as 500MB, 1.5GB, 64MiB; 0 of none. Raises ConfigError, naming the flag."""
+    if not size:
+        return 0
+    match = re.fullmatch(r"([0-9]+(?:[.][0-9]+)?) ?([kMGT]?)(i?)B", size)
+    if match is None:
+        raise ConfigError(f"{flag} {size[:40]!r} is not a size; say it as 500MB, 1.5GB or 64MiB")
+    number, prefix, binary = match.groups()
+    total = int(float(number) * (1024 if binary else 1000) ** " kMGT".index(prefix or " "))
+    if not 1 <= total < 2**62:
+        raise ConfigError(f"{flag} {size[:40]!r}: choose from 1B to 1000TB")
+    return total
 
 
 def checked(values: Mapping[str, Any], origin: str) -> dict[str, Any]:

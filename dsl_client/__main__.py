@@ -63,7 +63,7 @@ def _main(arguments: list[str]) -> int:
             run = client.join(options.patience)
             progress.log(_joined(client, run, options.server))
             view = _View(client, run, progress)
-            folder = client.train(options.out, view.step, view.scored)
+            folder = client.train(options.out, view.step, view.scored, progress.log)
             progress.log(f"finished: everything in {folder}")
         except SplitLearningError as error:
             failure = error

@@ -20,6 +20,12 @@ class Channel(Generic[T]):
         self._closed: SplitLearningError | None = None
         self._changed = threading.Condition()
 
+    @property
+    def full(self) -> bool:
+        """Whether `put` would wait now."""
+        with self._changed:
+            return len(self._items) >= self._depth
+
     def put(self, item: T) -> None:
         """Adds an item; waits while the channel is full. Raises why it was closed once it is."""
         with self._changed:

@@ -53,6 +53,7 @@ class Client:
         out: Path | None,
         on_step: Callable[[Step], None] = lambda _: None,
         on_scored: Callable[[Scored], None] = lambda _: None,
+        on_choice: Callable[[str], None] = lambda _: None,
     ) -> Path:
         """From the data to the goodbye; the folder with all that is left. Raises the reason of a failure."""
         run, method = self.run, build_method(self.run)
@@ -68,7 +69,7 @@ class Client:
             folder.add_metrics(asdict(score))
             on_scored(score)
 
-        trainer = Trainer(run, self.index, method, self.part, self._connection, spec, self._clock)
+        trainer = Trainer(run, self.index, method, self.part, self._connection, spec, self._clock, on_choice)
         trainer.train(train, test, on_step, scored)
         measured = measurements(self._clock, self._device)
         self._connection.leave(measured)
@@ -80,6 +81,7 @@ class Client:
                 "wire": self.traffic.by_kind(),
                 "seconds": dict(measured.seconds),
                 "peak_bytes": measured.peak_bytes,
+                **({"batches": dict(trainer.pace.counts)} if trainer.pace else {}),
             }
         )
         return folder.path

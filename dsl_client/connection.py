@@ -16,7 +16,7 @@ from common.wire import split_learning_pb2 as pb
 from common.wire.codec import BatchSpec
 from common.wire.options import SLACK_BYTES, client_options
 from common.wire.pieces import PIECE_BYTES
-from dsl_client.stream import Examination, Segment, following, telling, told
+from dsl_client.stream import Examination, Flow, Segment, following, telling, told
 
 ANSWER_S = 30.0  # for Join's and Leave's answer, once connected
 PREFLIGHT_S = 1.0  # how often it is asked why there is no connection yet
@@ -30,6 +30,7 @@ class Connection:
     ) -> None:
         self._channel = _channel(target, credentials)
         self._target, self._clock, self._credentials = target, clock, credentials
+        self.flow = Flow()
         self._calls = {which: self._prepared(which, traffic) for which in rpc.RPCS}
         self._segments: list[Segment] = []
         self._examination: Examination | None = None  # the last one
@@ -40,7 +41,9 @@ class Connection:
     def join(self, name: str, patience: float) -> pb.Welcome:
         """Waits up to `patience` seconds for the server. Raises RefusedError or ClosedError."""
         self._connect(patience)
-        request = pb.JoinRequest(oldest_version=rpc.VERSION, newest_version=rpc.VERSION, name=name)
+        request = pb.JoinRequest(
+            oldest_version=rpc.VERSION, newest_version=rpc.VERSION, name=name, codecs=codec.CODEC_NAMES
+        )
         membership = self._calls[rpc.JOIN](request)
         late = threading.Timer(ANSWER_S, membership.cancel)  # a deadline would end the membership too
         late.start()
@@ -64,6 +67,7 @@ class Connection:
         spec: BatchSpec,
         method: Method,
         depth: int,
+        first_epoch: int = 0,
     ) -> Segment:
         """Opens a segment. Waits for the receipt of the one before the last, and for no other."""
         self._check_open()
@@ -75,9 +79,10 @@ class Connection:
             first_sequence=first_sequence,
             batches=batches,
             samples=samples,
+            first_epoch=first_epoch,
         )
         start = self._calls[rpc.STREAM_ACTIVATIONS].future if method.one_way else self._calls[rpc.TRAIN]
-        segment = Segment(start, opening, self._client, spec, method, depth, self._clock)
+        segment = Segment(start, opening, self._client, spec, method, depth, self._clock, self.flow)
         self._segments.append(segment)
         if self._over:  # meanwhile; whoever ended it did not see this segment
             segment.fail(self._over)
@@ -88,7 +93,7 @@ class Connection:
         self._check_open()
         opening = pb.Evaluation(session=self._session, epoch=epoch, after_sequence=after_sequence)
         self._examination = Examination(
-            self._calls[rpc.EVALUATE], opening, self._client, spec, depth, self._clock
+            self._calls[rpc.EVALUATE], opening, self._client, spec, depth, self._clock, self.flow
         )
         if self._over:
             self._examination.fail(self._over)

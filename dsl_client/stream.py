@@ -8,8 +8,11 @@ Sending never holds up the compute thread until the outbox is full. Whatever end
 outbox with the reason, so that a client which is answered nothing still learns that it is alone.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any, TypeVar
 
 import grpc
@@ -31,7 +34,7 @@ from common.methods.base import Method, Sent, Smashed, Tail
 from common.wire import codec
 from common.wire import split_learning_pb2 as pb
 from common.wire.codec import BatchSpec
-from common.wire.pieces import Piece
+from common.wire.pieces import Piece, serialized_size
 from common.wire.rpc import judged
 from dsl_client.channel import Channel
 
@@ -67,16 +70,30 @@ def telling() -> Iterator[None]:
         raise told(error) from None
 
 
+@dataclass
+class Flow:
+    """What a client has sent so far, and how long gRPC took to take it: when the link is the slowest part,
+    bytes / seconds is its rate."""
+
+    bytes: int = 0
+    seconds: float = 0.0
+
+
 class Outgoing:
     """A call whose frames are put one by one; gRPC's thread packs and sends them meanwhile."""
 
-    def __init__(self, start: Call, opening: Piece[Any], depth: int, clock: Clock) -> None:
+    def __init__(self, start: Call, opening: Piece[Any], depth: int, clock: Clock, flow: Flow) -> None:
         self._outbox = Channel[Pieces](depth)
-        self._opening, self._clock = opening, clock
+        self._opening, self._clock, self._flow = opening, clock, flow
         self._reason: SplitLearningError | None = None
         self.call = start(self._requests())
         if not self.call.add_callback(self._ended):
             self._ended()  # it was over before
+
+    @property
+    def full(self) -> bool:
+        """Whether the next frame would have to wait."""
+        return self._outbox.full
 
     def put(self, pieces: Pieces) -> None:
         """Waits while the outbox is full. Raises the reason once the call is over."""
@@ -113,7 +130,11 @@ class Outgoing:
         yield self._opening
         try:
             for pieces in self._outbox:
-                yield from self._clock.iterator("encode", pieces)
+                for piece in self._clock.iterator("encode", pieces):
+                    start = time.perf_counter()
+                    yield piece  # gRPC comes back when it has taken this one
+                    self._flow.seconds += time.perf_counter() - start
+                    self._flow.bytes += piece.size
         except WireError as error:  # what cannot be encoded; gRPC would tell of it as UNKNOWN
             self.fail(error)
 
@@ -136,13 +157,15 @@ class Segment:
         method: Method,
         depth: int,
         clock: Clock,
+        flow: Flow,
     ) -> None:
         self._kind = pb.StreamActivationsRequest if method.one_way else pb.TrainRequest
         self._client, self._spec, self._method, self._clock = client, spec, method, clock
         self._first = opening.first_sequence
         self._sequence = opening.first_sequence - 1
         self._shape: tuple[int, ...] = ()  # of the last batch's activations
-        self._stream = Outgoing(start, Piece(self._kind(segment=opening)), depth, clock)
+        self._skips: list[Piece[Any]] = []  # of which the server is still to be told
+        self._stream = Outgoing(start, Piece(self._kind(segment=opening)), depth, clock, flow)
         self.server_loss: float | None = None  # of the last batch that was answered
 
     def __call__(self, sent: Sent) -> Tensor | None:
@@ -153,14 +176,45 @@ class Segment:
                     codec.pack_gradient(self._kind, self._sequence, sent, self._spec, self._client)
                 )
                 return self._gradient(sent.device) if self._wanted() else None
-            self._sequence, self._shape = self._sequence + 1, tuple(sent.z.shape)
-            self._stream.put(codec.pack_batch(self._kind, self._sequence, sent, self._spec, self._client))
+            self._stream.put(self._next(sent))
             if self._method.tail is Tail.LAST:
                 return self._output(sent.z)
             return self._gradient(sent.z.device) if self._wanted() else None
 
+    @property
+    def full(self) -> bool:
+        """Whether the next batch would have to wait."""
+        return self._stream.full
+
+    def send(self, batch: Smashed, choice: str, most: int | None = None) -> int:
+        """Sends one way, by a codec of the run's ladder; its bytes, 0 where that is not asked.
+
+        most: bytes. Where there is such a limit the batch is encoded at once; if it would take more it is
+        skipped, and that takes 0.
+        """
+        with self._clock("wait"):
+            if most is None:
+                self._stream.put(self._next(batch, choice))
+                return 0
+            pieces = list(self._next(batch, choice))
+            size = sum(map(serialized_size, pieces))
+            if size > most:  # so are the skips that it would have taken along
+                self._skips = [piece for piece in pieces if piece.head.WhichOneof("head") == "skipped"]
+                self._skips.append(self._skipped(batch))
+                return 0
+            self._stream.put(iter(pieces))
+            return size
+
+    def skip(self, batch: Smashed) -> None:
+        """Does not send this batch, and waits for nothing: the server is told with the next one."""
+        self._sequence += 1
+        self._skips.append(self._skipped(batch))
+
     def finish(self) -> None:
         """Ends the segment; does not wait for its receipt."""
+        if self._skips:
+            with self._clock("wait"):
+                self._stream.put(iter(self._skips))
         self._stream.finish()
 
     def fail(self, reason: SplitLearningError) -> None:
@@ -174,6 +228,16 @@ class Segment:
             else:
                 for _ in self._stream.call:
                     raise WireError("the server answered a batch that was not sent")
+
+    def _next(self, batch: Smashed, choice: str = "") -> Pieces:
+        self._sequence, self._shape = self._sequence + 1, tuple(batch.z.shape)
+        skips, self._skips = self._skips, []
+        pieces = codec.pack_batch(self._kind, self._sequence, batch, self._spec, self._client, choice)
+        return chain(skips, pieces)
+
+    def _skipped(self, batch: Smashed) -> Piece[Any]:
+        skipped = pb.Skipped(sequence=self._sequence, samples=len(batch.z))
+        return Piece(pb.StreamActivationsRequest(skipped=skipped))
 
     def _wanted(self) -> bool:
         return self._method.answered(self._sequence - self._first)
@@ -197,17 +261,23 @@ class Examination:
     """Test batches to be scored by the joined network."""
 
     def __init__(
-        self, start: Call, opening: pb.Evaluation, client: int, spec: BatchSpec, depth: int, clock: Clock
+        self,
+        start: Call,
+        opening: pb.Evaluation,
+        client: int,
+        spec: BatchSpec,
+        depth: int,
+        clock: Clock,
+        flow: Flow,
     ) -> None:
         self._client, self._spec, self._sequence = client, spec, 0
-        self._stream = Outgoing(start, Piece(pb.EvaluateRequest(evaluation=opening)), depth, clock)
+        self._stream = Outgoing(start, Piece(pb.EvaluateRequest(evaluation=opening)), depth, clock, flow)
 
-    def send(self, smashed: Smashed) -> None:
-        """A batch that the server is to score."""
+    def send(self, smashed: Smashed, choice: str = "") -> None:
+        """A batch that the server is to score; choice: a codec of the run's ladder, where it has one."""
         self._sequence += 1
-        self._stream.put(
-            codec.pack_batch(pb.EvaluateRequest, self._sequence, smashed, self._spec, self._client)
-        )
+        kind = pb.EvaluateRequest
+        self._stream.put(codec.pack_batch(kind, self._sequence, smashed, self._spec, self._client, choice))
 
     def output(self, smashed: Smashed) -> Tensor:
         """What the server's layers make of a batch, for a client that has the last ones."""

@@ -17,6 +17,7 @@ from common.wire import split_learning_pb2 as pb
 from common.wire.codec import BatchSpec
 from dsl_client.batches import Batches
 from dsl_client.connection import Connection
+from dsl_client.pace import Weights, pace_of
 from dsl_client.stream import Segment
 
 
@@ -41,6 +42,8 @@ class Scored:
 
 
 class Trainer:
+    """on_choice: told what the client chooses to send, where it may."""
+
     def __init__(
         self,
         run: Run,
@@ -50,7 +53,10 @@ class Trainer:
         connection: Connection,
         spec: BatchSpec,
         clock: Clock,
+        on_choice: Callable[[str], None] = lambda _: None,
     ) -> None:
+        weights = Weights(spec.travel, client, spec.cut_shape)
+        self.pace = pace_of(run, weights, connection.flow, on_choice)
         self._run, self._client, self._method, self._part = run, client, method, part
         self._connection, self._spec, self._clock = connection, spec, clock
         self._sequence = 0
@@ -75,21 +81,22 @@ class Trainer:
             if last and self._method.afterwards:
                 with self._clock("train"):
                     self._send_once(data, self._method.afterwards)
-            if self._run.evaluates(epoch) and self._scores(last):
+            if self._run.evaluates(epoch) and self._scores(epoch):
                 on_scored(self._evaluate(epoch, test, loss))
             self._end_turn(epoch)
 
     def _epoch(self, epoch: int, data: Batches, on_step: Callable[[Step], None]) -> Tensor | None:
         """Trains on each batch once; the client's own mean loss () over the epoch, if it has one."""
         batches, method = len(data), self._method
-        sent = method.sent(batches)
+        sent = method.sent(epoch, batches)
         segment = self._segment(epoch, data, sent) if sent else None
+        paced = self.pace.over(segment) if self.pace and segment else segment
         total: Tensor | None = None
         for index, (x, y) in enumerate(data.epoch(epoch)):
             rate = learning_rate(self._run, progress_of(self._run, epoch, index, batches))
             set_learning_rate(self._part.optimizer, rate)
             start = time.perf_counter()
-            wire = segment if segment and index in sent else _nowhere
+            wire = paced if paced and index in sent else _nowhere
             loss = run_step(method.client_step(self._part, x, y), wire)
             self._clock.add("step", time.perf_counter() - start)
             if loss is not None:
@@ -112,8 +119,9 @@ class Trainer:
     def _segment(self, epoch: int, data: Batches, sent: range) -> Segment:
         samples = sum(data.size(index) for index in sent)
         first, self._sequence = self._sequence + 1, self._sequence + len(sent)
+        began = self.pace.begin(epoch, samples) if self.pace else self._method.first_epoch
         return self._connection.segment(
-            epoch, first, len(sent), samples, self._spec, self._method, self._run.outbox
+            epoch, first, len(sent), samples, self._spec, self._method, self._run.outbox, began
         )
 
     def _evaluate(self, epoch: int, test: Batches, loss: Tensor | None) -> Scored:
@@ -126,7 +134,7 @@ class Trainer:
             for x, y in test.epoch(0):
                 z = part.bottom(x)
                 if self._method.tail is Tail.NONE:
-                    examination.send(Smashed(z, y))
+                    examination.send(Smashed(z, y), self.pace.choice if self.pace else "")
                 elif self._method.tail is Tail.LAST:
                     joined.add(self._tail(examination.output(Smashed(z, y))), y)
                 else:
@@ -149,8 +157,9 @@ class Trainer:
         logits: Tensor = self._part.tail(u)
         return logits
 
-    def _scores(self, last: bool) -> bool:
-        if self._method.afterwards and not last:
+    def _scores(self, epoch: int) -> bool:
+        last = epoch == self._run.epochs - 1
+        if epoch < self._method.first_epoch or (self._method.afterwards and not last):
             return False  # the server has not learned anything yet
         # With a relay the part is at the last client when the epoch ends.
         return self._run.sync != "relay" or self._client == self._run.clients - 1

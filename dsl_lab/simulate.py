@@ -49,12 +49,13 @@ def federate(
     run: Run, method: Method, clients: Sequence[ClientPart], server: Hosting, data: Sequence[Source]
 ) -> None:
     """A run from its first epoch to its last, with all that happens between epochs; parts train in place."""
+    travel = Travel.of(run.codec, run.seed)
     for epoch in range(run.epochs):
         if run.sync == "relay":
-            _relay(run, method, clients, server, data, epoch)
+            _relay(run, method, clients, server, data, epoch, travel)
         else:
-            simulate(run, method, clients, server, ticks(run, method, data, epoch))
-            if method.send_every:
+            simulate(method, clients, server, ticks(run, method, data, epoch), run, travel)
+            if method.sent(epoch, 1):
                 server.end_round()
         if run.sync == "average":
             mean = average([averaged_state(part, method) for part in clients], [d.samples for d in data])
@@ -64,7 +65,7 @@ def federate(
             for index, part in enumerate(clients):
                 load_state(part, head_state(server.new_head(index)))
     if method.afterwards:
-        _send_once(run, method.afterwards, clients, server, data)
+        _send_once(run, method.afterwards, clients, server, data, travel)
         server.end_round()
 
 
@@ -80,10 +81,14 @@ def ticks(run: Run, method: Method, data: Sequence[Source], epoch: int) -> Itera
 
 
 def simulate(
-    run: Run, method: Method, clients: Sequence[ClientPart], server: Hosting, ticks: Iterable[Tick]
+    method: Method,
+    clients: Sequence[ClientPart],
+    server: Hosting,
+    ticks: Iterable[Tick],
+    run: Run,
+    travel: Travel,
 ) -> None:
     """Trains all parts, in place."""
-    travel = Travel.of(run.codec, run.seed)
     for tick in ticks:
         talks = [_Talk(run, method.client_step, clients[turn.client], turn, travel) for turn in tick]
         sent = [talk for talk in talks if talk.turn.server_progress is not None]
@@ -112,10 +117,17 @@ class _Talk:
         batch, turn = self._sent, self.turn
         assert isinstance(batch, Smashed), "a batch was sent"
         assert turn.server_progress is not None, "and it was to be"
-        z = self._through(
-            Way.BATCH, batch.z
-        ).clone()  # what a step does to it, it does not do to the client's
-        return Received(z, batch.y, turn.client, turn.server_progress, turn.wanted, self._through_tail)
+        # What a step does to it, it does not do to the client's.
+        parcel = self._travel.encode(Way.BATCH, batch.z.clone(), turn.client, turn.sequence)
+        return Received(
+            parcel.open(),
+            batch.y,
+            turn.client,
+            turn.server_progress,
+            turn.wanted,
+            self._through_tail,
+            parcel,
+        )
 
     def _through_tail(self, output: Tensor) -> Tensor:
         self._sent = self._step.send(self._through(Way.OUTPUT, output))
@@ -138,7 +150,7 @@ class _Talk:
 def _turn(
     run: Run, method: Method, client: int, batches: Sequence[tuple[Tensor, Tensor]], epoch: int, index: int
 ) -> Turn:
-    sent = method.sent(len(batches))
+    sent = method.sent(epoch, len(batches))
     here = progress_of(run, epoch, index, len(batches))
     if index not in sent:
         return Turn(client, *batches[index], client_progress=here, server_progress=None)
@@ -147,8 +159,8 @@ def _turn(
         client,
         *batches[index],
         client_progress=here,
-        server_progress=progress_of(run, epoch, place, len(sent)),
-        sequence=epoch * len(sent) + place + 1,
+        server_progress=progress_of(run, epoch, place, len(sent), method.first_epoch),
+        sequence=(epoch - method.first_epoch) * len(sent) + place + 1,
         wanted=method.answered(place),
     )
 
@@ -160,6 +172,7 @@ def _relay(
     server: Hosting,
     data: Sequence[Source],
     epoch: int,
+    travel: Travel,
 ) -> None:
     """Each client in turn trains on all of its share, with the part of the one before it."""
     everything = list(ticks(run, method, data, epoch))
@@ -167,7 +180,7 @@ def _relay(
         if part is not clients[client - 1]:
             load_state(part, state_of(clients[client - 1]))
         turns = [turn for tick in everything for turn in tick if turn.client == client]
-        simulate(run, method, clients, server, [[turn] for turn in turns])
+        simulate(method, clients, server, [[turn] for turn in turns], run, travel)
 
 
 def _send_once(
@@ -176,8 +189,8 @@ def _send_once(
     clients: Sequence[ClientPart],
     server: Hosting,
     data: Sequence[Source],
+    travel: Travel,
 ) -> None:
-    travel = Travel.of(run.codec, run.seed)
     for client, batches in enumerate(data):
         for sequence, (x, y) in enumerate(batches.epoch(run.epochs), 1):
             for batch in client_step(clients[client], x, y):

@@ -29,8 +29,9 @@ from typing import Any
 from torch import Tensor
 
 from common.errors import ClosedError
-from common.methods.base import Gather, Smashed
+from common.methods.base import Gather
 from common.methods.hosting import Hosting
+from common.wire.codec import Arrived
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,15 @@ class Job:
     """
 
     client: int
-    sequence: int
-    smashed: Smashed
+    batch: Arrived
     progress: float
     wanted: bool = True
     answer: Future[Trained] = field(default_factory=Future)
     through_tail: ThroughTail = field(default_factory=ThroughTail)
+
+    @property
+    def sequence(self) -> int:
+        return self.batch.sequence
 
 
 @dataclass(frozen=True)
@@ -111,12 +115,21 @@ class RoundEnd:
     """Every client has come to the end of the epoch, and none has begun the next."""
 
 
+@dataclass(frozen=True)
+class Spare:
+    """Nothing waits: time for what the trainer has of its own to do."""
+
+
 Item = Job | Errand | EpochEnd
-Work = Sequence[Job] | Errand | RoundEnd
+Work = Sequence[Job] | Errand | RoundEnd | Spare
 
 
 class Inbox:
-    """timeout: seconds for which a tick may wait for a client, counted once all have joined; 0: no end."""
+    """timeout: seconds for which a tick may wait for a client, counted once all have joined; 0: no end.
+
+    can_spare: whether the trainer has something of its own to do when nothing waits, which it tells as often
+    as that is so; asked only where batches are served as they come.
+    """
 
     def __init__(
         self,
@@ -126,7 +139,9 @@ class Inbox:
         gather: Gather = Gather.EACH,
         timeout: float = 0.0,
         quorum: int = 1,
+        can_spare: Callable[[], bool] = lambda: False,
     ) -> None:
+        self._can_spare = can_spare
         self._lanes: list[deque[Item]] = [deque() for _ in range(clients)]
         self._tick: deque[Work] = deque()  # taken from the lanes, not yet served
         self._served: Work = ()  # what was given last
@@ -205,6 +220,9 @@ class Inbox:
     def _next(self) -> Work | None:
         with self._changed:
             while not self._tick:
+                if not (self._fixed_order or self._ready()) and self._can_spare():
+                    self._served = Spare()
+                    return self._served
                 self._wait()
                 if self._closed or not self._active():
                     return None
@@ -277,7 +295,7 @@ class Inbox:
 
 def answered(work: Work) -> Sequence[Job | Errand]:
     """Those in it that somebody awaits an answer for."""
-    if isinstance(work, RoundEnd):
+    if isinstance(work, RoundEnd | Spare):
         return []
     return [work] if isinstance(work, Errand) else work
 

@@ -50,7 +50,7 @@ class Record:
         self._measurements: list[pb.Measurements] = []
         self._loss_sum, self._loss_samples = 0.0, 0
         self._facts: list[Mapping[str, float]] = []  # since the last line
-        self.samples_trained = 0
+        self.samples_trained = self.samples_replayed = 0
         self.epoch = 0  # the latest that a client has begun, from 0
         self.loss = float("nan")  # a running mean, for who watches
         self.test: dict[str, float | None] = {"accuracy": None, "loss": None, "client_only_accuracy": None}
@@ -69,13 +69,19 @@ class Record:
         with self._lock:
             self.epoch = max(self.epoch, epoch)
 
-    def trained(self, samples: int, loss: float | None, facts: Mapping[str, float]) -> None:
-        """A step's samples, mean loss if the server knows one, and what the method noted of it."""
+    def trained(
+        self, samples: int, loss: float | None, facts: Mapping[str, float], replayed: int = 0
+    ) -> None:
+        """A step's samples, mean loss if the server knows one, and what the method noted of it.
+
+        replayed: samples that had been counted when they came.
+        """
         with self._lock:
+            self.samples_replayed += replayed
             self._facts.append(facts)
             self.samples_trained += samples
             if loss is not None:
-                weight = max(1, samples)  # what a round's end trains on was counted when it came
+                weight = max(1, samples, replayed)  # what a round's end trains on was counted when it came
                 self.loss = loss if self._loss_samples == 0 else 0.95 * self.loss + 0.05 * loss
                 self._loss_sum += weight * loss
                 self._loss_samples += weight
@@ -110,6 +116,7 @@ class Record:
             "epochs": run.epochs,
             "seed": run.seed,
             "samples_trained": self.samples_trained,
+            **({"samples_replayed": self.samples_replayed} if self.samples_replayed else {}),
             "test": self.test,
             "wire": {**self._traffic.by_kind(), "socket": self._sockets.counts()},
             "seconds": {"wall": self.seconds, "client": self._client_seconds(), "server": self._seconds()},

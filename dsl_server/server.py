@@ -33,6 +33,7 @@ from dsl_server.kernel import Sockets
 from dsl_server.record import Record
 from dsl_server.rounds import Rounds
 from dsl_server.service import Service, add_to
+from dsl_server.shelf import DiskShelf
 from dsl_server.trainer import Trainer
 
 _CALLS_OF_A_CLIENT = 4  # Join, a segment, the one before it that awaits its receipt, and one more
@@ -63,17 +64,25 @@ class Server:
         self.traffic, self._clock = Traffic(), Clock()
         for layers in [*(stage.layers for stage in self.part.inner), self.part.outermost]:
             self._clock.module("forward", layers)
-        self.hosting = Hosting(run, self.method, self.part)
+        on_disk = run.replay and run.replay_on == "disk"
+        shelf = DiskShelf(folder.path / "replay") if on_disk else None
+        self.hosting = Hosting(run, self.method, self.part, shelf)
         rounds = self.method.copies or self.method.round_step is not None  # something is done at their end
         together = self.method.gather is Gather.ALL or rounds or run.fixed_order
         in_turn = together and run.sync != "relay"  # whose turns are an order already
         self.inbox = Inbox(
-            run.clients, run.inbox, in_turn, self.method.gather, run.round_timeout, run.least_clients
+            run.clients,
+            run.inbox,
+            in_turn,
+            self.method.gather,
+            run.round_timeout,
+            run.least_clients,
+            can_spare=lambda: self.hosting.can_replay and not run.fixed_order,
         )
         self.rounds = Rounds(run, on_close=self.inbox.close, on_lost=self._lose)
         self.sockets = Sockets()
         self.record = Record(run, net.cut_shape, folder, self.traffic, self.sockets, self._clock, device)
-        self._trainer = Trainer(self.hosting, device, self._clock)
+        self._trainer = Trainer(self.hosting, device, self._clock, in_turn)
         self._failure: SplitLearningError | None = None
         self._thread = threading.Thread(target=self._train, name="trainer", daemon=True)
         theirs = client_part(run, self.method, net, torch.device("cpu"))

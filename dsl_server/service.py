@@ -30,7 +30,7 @@ from common.run import Run
 from common.tls import Guard
 from common.wire import codec
 from common.wire import split_learning_pb2 as pb
-from common.wire.codec import BatchSpec
+from common.wire.codec import Arrived, BatchSpec
 from common.wire.pieces import Piece
 from common.wire.rpc import RPCS, SERVICE, VERSION, judged, reader, writer
 from dsl_server.audit import Audit
@@ -102,6 +102,11 @@ class Service:
             )
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", request.name):
             raise WireError(f"client name {request.name[:64]!r}: use 1 to 64 letters, digits, '.', '_', '-'")
+        if missing := codec.unknown(self._spec.travel, request.codecs):
+            raise RefusedError(
+                f"the run needs codecs that this client does not know: {', '.join(missing)}; install the "
+                "server's release there"
+            )
         if request.name != name:
             raise ForbiddenError(
                 f"this certificate is that of {name!r}, not of {request.name!r}: leave --name out"
@@ -174,11 +179,13 @@ class Service:
                 break
             if self._method.tail is Tail.ALL:
                 raise WireError(f"{self._method.name} has the whole network at the client: send its score")
-            sequence, batch = self._unpack(first, requests)
+            batch = self._unpack(first, requests)
             samples += len(batch.z)
             if self._method.tail is Tail.LAST:
                 output = self._errand(member, "score a batch", Hosting.output, z=batch.z).result()
-                yield from codec.pack_output(pb.EvaluateResponse, sequence, output, self._spec, member.client)
+                yield from codec.pack_output(
+                    pb.EvaluateResponse, batch.sequence, output, self._spec, member.client
+                )
             else:
                 scores.append(self._errand(member, "score a batch", Hosting.score, z=batch.z, y=batch.y))
         score = _score(samples, scores) if self._method.tail is Tail.NONE else closing.score
@@ -259,6 +266,12 @@ class Service:
                 f"{member}: a segment of epoch {segment.epoch} with {segment.batches} batches and "
                 f"{segment.samples} samples; the run has epochs 0 to {self._run.epochs - 1}"
             )
+        first = segment.first_epoch
+        if first > segment.epoch if self._run.budget else first != self._method.first_epoch:
+            raise WireError(
+                f"{member}: a segment of epoch {segment.epoch} says that sending began in {first}; the run "
+                f"has it begin in {self._method.first_epoch}"
+            )
         if not (self._method.send_every or self._method.afterwards):
             raise RefusedError(f"{self._method.name} sends no batches")
         self._rounds.begin_segment(member, segment.first_sequence)
@@ -271,15 +284,23 @@ class Service:
     def _jobs(self, member: Member, segment: pb.Segment, requests: Pieces) -> Iterator[Job]:
         batches = samples = 0
         for first in requests:
-            sequence, smashed = self._unpack(first, requests)
+            skipped = first.head.WhichOneof("head") == "skipped"
+            if skipped:
+                sequence, size = codec.unpack_skipped(first, self._spec)
+            else:
+                batch = self._unpack(first, requests)
+                sequence, size = batch.sequence, len(batch.z)
             self._rounds.expect(member, sequence)
-            batches, samples = batches + 1, samples + len(smashed.z)
+            batches, samples = batches + 1, samples + size
             last = batches == segment.batches
             over = samples != segment.samples if last else samples > segment.samples
             if over or batches > segment.batches:
                 raise _miscounted(member, segment, batches, samples)
-            progress = progress_of(self._run, segment.epoch, batches - 1, segment.batches)
-            yield Job(member.client, sequence, smashed, progress, self._method.answered(batches - 1))
+            if not skipped:
+                progress = progress_of(
+                    self._run, segment.epoch, batches - 1, segment.batches, segment.first_epoch
+                )
+                yield Job(member.client, batch, progress, self._method.answered(batches - 1))
             if last:
                 self._inbox.put(EpochEnd(member.client))
             self._rounds.receive(member, sequence)  # it is in its lane: what comes now comes after it
@@ -292,7 +313,7 @@ class Service:
         self._inbox.put(errand)
         return errand.answer
 
-    def _unpack(self, first: Piece[Any], rest: Pieces) -> tuple[int, Any]:
+    def _unpack(self, first: Piece[Any], rest: Pieces) -> Arrived:
         # The time that the pieces take to come is the network's, not the decoder's.
         waiting = Clock()
         with self._clock("decode"):
@@ -363,8 +384,9 @@ def _opening(requests: Pieces, field: str) -> Any:
 
 
 def _settled(job: Job | None) -> int:
-    """Waits until a segment's last batch has been trained on; its number."""
-    assert job is not None, "a segment holds at least one batch"
+    """Waits until the last batch that a segment sent has been trained on; its number, 0 if none was sent."""
+    if job is None:
+        return 0
     job.answer.result()  # the lane keeps the order: those before it were trained on before
     return job.sequence
 

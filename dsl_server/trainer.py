@@ -12,17 +12,21 @@ from common.errors import ClosedError, SplitLearningError, StepError
 from common.meter import Clock
 from common.methods.base import Answer, Received
 from common.methods.hosting import Hosting
-from dsl_server.inbox import Errand, Inbox, Job, RoundEnd, Trained, Work, answered
+from dsl_server.inbox import Errand, Inbox, Job, RoundEnd, Spare, Trained, Work, answered
 
-# Samples, mean loss if the server knows one, and what the method noted.
-OnTrained = Callable[[int, float | None, Mapping[str, float]], None]
+# Samples, mean loss if the server knows one, what the method noted, and samples learned from once more.
+OnTrained = Callable[[int, float | None, Mapping[str, float], int], None]
 
 
 class Trainer:
-    """Steps on groups and does errands, one after the other, as the inbox gives them."""
+    """Steps on groups and does errands, one after the other, as the inbox gives them.
 
-    def __init__(self, hosting: Hosting, device: torch.device, clock: Clock) -> None:
+    in_rounds: what is held is learned from again at their ends, not in between.
+    """
+
+    def __init__(self, hosting: Hosting, device: torch.device, clock: Clock, in_rounds: bool = False) -> None:
         self._hosting, self._device, self._clock = hosting, device, clock
+        self._replays = not in_rounds
 
     def train(self, inbox: Inbox, on_trained: OnTrained) -> None:
         """Until the inbox ends. Raises StepError, after telling who waits, when a step fails."""
@@ -40,12 +44,16 @@ class Trainer:
 
     def _do(self, work: Work, on_trained: OnTrained) -> None:
         if isinstance(work, Errand):
+            while self._replays and self._hosting.can_replay:  # it is to see all that has been learned
+                self._replay(on_trained)
             work.answer.set_result(work.do(self._hosting))
+        elif isinstance(work, Spare):
+            self._replay(on_trained)
         elif isinstance(work, RoundEnd):
             with self._clock("step"):
                 answer = self._hosting.end_round()
             if answer is not None:
-                on_trained(0, _loss(answer), answer.facts)
+                on_trained(0, _loss(answer), answer.facts, answer.replayed)
         else:
             with self._clock("step"):
                 answer = self._hosting.step([self._received(job) for job in work])
@@ -53,16 +61,23 @@ class Trainer:
             gradients = answer.gradients or [None] * len(work)
             for job, gradient in zip(work, gradients, strict=True):
                 job.answer.set_result(Trained(gradient, loss))
-            on_trained(sum(len(job.smashed.z) for job in work), loss, answer.facts)
+            on_trained(sum(len(job.batch.z) for job in work), loss, answer.facts, answer.replayed)
+
+    def _replay(self, on_trained: OnTrained) -> None:
+        with self._clock("step"):
+            answer = self._hosting.replay()
+            loss = _loss(answer)
+        on_trained(0, loss, answer.facts, answer.replayed)
 
     def _received(self, job: Job) -> Received:
         return Received(
-            self._on_device(job.smashed.z),
-            self._on_device(job.smashed.y),
+            self._on_device(job.batch.z),
+            self._on_device(job.batch.y),
             client=job.client,
             progress=job.progress,
             wanted=job.wanted,
             through_tail=partial(self._through_tail, job),
+            parcel=job.batch.parcel,
         )
 
     def _through_tail(self, job: Job, output: torch.Tensor) -> torch.Tensor:
@@ -93,8 +108,9 @@ def _tell(work: Work, error: SplitLearningError) -> None:
 
 def _failure(work: Work, error: Exception) -> StepError:
     text = str(error) if isinstance(error, StepError) else f"{type(error).__name__}: {error}"
-    if isinstance(work, RoundEnd):
-        return StepError(f"the server could not end a round: {text}")
+    if isinstance(work, RoundEnd | Spare):
+        what = "end a round" if isinstance(work, RoundEnd) else "learn again from what it holds"
+        return StepError(f"the server could not {what}: {text}")
     if isinstance(work, Errand):
         return StepError(f"the server could not {work.what} of client {work.client}: {text}")
     batches = ", ".join(f"{job.sequence} of client {job.client}" for job in work)

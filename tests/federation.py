@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.codecs import Encoded, Parcel
+from common.codecs.floats import fp32
 from common.errors import ClosedError
 from common.meter import Clock, Traffic
 from common.methods import build_method, settled
@@ -18,7 +20,7 @@ from common.parts import client_part
 from common.run import Run
 from common.rundir import RunFolder
 from common.tls import Credentials
-from common.wire.codec import BatchSpec, batch_spec
+from common.wire.codec import Arrived, BatchSpec, batch_spec
 from dsl_client.connection import Connection
 from dsl_client.trainer import Trainer
 from dsl_server.server import Server
@@ -57,6 +59,11 @@ class Batches:
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield from zip(self.x.split(self._size), self.y.split(self._size), strict=True)
+
+
+def arrived(z: Tensor, y: Tensor, sequence: int = 1) -> Arrived:
+    """A batch as the server has it, that travelled as it was."""
+    return Arrived(z, y, sequence, Parcel(fp32(), Encoded(tuple(z.shape), [z])))
 
 
 def spec_of(run: Run) -> BatchSpec:

@@ -36,9 +36,9 @@ def over_the_wire(pieces: Iterator[Piece[Any]], kind: type[Any]) -> list[Piece[A
 
 def unpacked(pieces: list[Piece[Any]], spec: BatchSpec = SPEC) -> tuple[int, Smashed]:
     rest = iter(pieces)
-    result = codec.unpack_batch(next(rest), rest, spec)
+    batch = codec.unpack_batch(next(rest), rest, spec)
     assert next(rest, None) is None, "the whole frame was read, and nothing after it"
-    return result
+    return batch.sequence, batch
 
 
 def same_bits(ours: Tensor, theirs: Tensor) -> bool:

@@ -34,7 +34,7 @@ from dsl_client.connection import Connection
 from dsl_client.trainer import Trainer
 from dsl_server.inbox import Inbox, Job, ThroughTail
 from dsl_server.server import Server
-from tests.federation import CPU, Batches, connect, serving, small_run, spec_of
+from tests.federation import CPU, Batches, arrived, connect, serving, small_run, spec_of
 from tests.ordinary import DEADLINE_S, Ordinary, batch_message, member, refused, smashed
 from tests.test_hangs import SOON_S, Pretender, all_train, ended, gone, gradient, told
 from tests.test_service import MALFORMED, same, weights
@@ -529,7 +529,7 @@ def test_a_wait_that_has_failed_before_it_began_is_told_why() -> None:
 @pytest.mark.parametrize("by", ["lose", "close"])
 def test_what_ends_a_lane_ends_the_wait_of_the_trainer_for_it(by: str) -> None:
     inbox = Inbox(2, 4, fixed_order=False)
-    jobs = [Job(c, 1, Smashed(torch.zeros(1, 1), torch.zeros(0)), 0.0) for c in (0, 1)]
+    jobs = [Job(c, arrived(torch.zeros(1, 1), torch.zeros(0)), 0.0) for c in (0, 1)]
     for job in jobs:
         inbox.put(job)
     assert next(iter(inbox)) == [jobs[0]], "and the other one is of the same tick"

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from common.errors import ClosedError
-from common.methods.base import Gather, Smashed
+from common.methods.base import Gather
 from dsl_server.inbox import EpochEnd, Errand, Inbox, Item, Job, RoundEnd, Work
+from tests.federation import arrived
 from tests.threads import in_thread, waits
 
 pytestmark = pytest.mark.timeout(20)
@@ -17,7 +18,7 @@ OVER = ClosedError("the run is over because the test says so")
 
 
 def job(client: int, sequence: int) -> Job:
-    return Job(client, sequence, Smashed(torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64)), 0.0)
+    return Job(client, arrived(torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64), sequence), 0.0)
 
 
 def exam(client: int) -> Errand:

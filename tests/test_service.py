@@ -35,6 +35,7 @@ from common.rundir import RunFolder
 from common.wire import codec
 from common.wire import rpc as rpcs
 from common.wire import split_learning_pb2 as pb
+from common.wire.codec import Arrived
 from common.wire.rpc import RPCS, SERVICE, Rpc
 from dsl_server import rounds
 from dsl_server.kernel import Sockets
@@ -665,12 +666,12 @@ def test_an_evaluation_holds_no_more_batches_than_its_lane(
     alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
     most, unpack = 0, codec.unpack_batch
 
-    def watched(*arguments: Any) -> tuple[int, Smashed]:
+    def watched(*arguments: Any) -> Arrived:
         nonlocal most
-        sequence, batch = unpack(*arguments)
+        batch = unpack(*arguments)
         alive.add(batch.z)
         most = max(most, len(alive))
-        return sequence, batch
+        return batch
 
     monkeypatch.setattr(codec, "unpack_batch", watched)
     with member(dsl) as client:

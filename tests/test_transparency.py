@@ -50,6 +50,10 @@ SETTINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("csl", {"codec": ("activations=int2", "gradients=int8")}),
     ("ushape", {"codec": ("activations=randtopk:0.2", "gradients=fp16")}),
     ("ampere", {"codec": ("activations=fp8",)}),
+    ("csl", {"codec": ("activations=int4+ef", "gradients=topk:0.1+ef")}),
+    ("dsl", {"send_every": 2, "send_last_epochs": 2}),
+    ("dsl", {"replay": "1MB", "reuse": 3, "codec": ("activations=int4+zstd",)}),
+    ("cse-fsl", {"replay": "20kB", "reuse": 2, "replay_on": "disk"}),
 )
 
 
@@ -57,7 +61,8 @@ def runs() -> Iterator[Run]:
     """Every method with every sync that it works with, alone and with three clients."""
     for name, settings in [*((name, {}) for name in METHODS), *SETTINGS]:
         needed = build_method(small_run(method=name)).sync
-        for sync in [needed] if needed else ["none", "average", "relay"]:
+        in_rounds = ["none", "average"]  # a relay has none, at whose ends one would learn again
+        for sync in [needed] if needed else in_rounds if "replay" in settings else [*in_rounds, "relay"]:
             for clients in (1, 3):
                 alike = {"fixed_order": True, "epochs": 3}
                 yield small_run(method=name, clients=clients, sync=sync, **alike, **settings)
@@ -65,7 +70,9 @@ def runs() -> Iterator[Run]:
 
 def name_of(run: Run) -> str:
     modules = f"{run.client_modules}x{run.server_modules}" if run.client_modules > 1 else ""
-    facts = [run.method, run.sync, str(run.clients), *run.method_arg, *run.codec, modules]
+    seldom = f"every{run.send_every}-last{run.send_last_epochs}" if run.send_every else ""
+    again = f"replay{run.replay}" if run.replay else ""
+    facts = [run.method, run.sync, str(run.clients), *run.method_arg, *run.codec, modules, seldom, again]
     return "-".join([*filter(None, facts), *({run.head} - {"gap"})])
 
 
@@ -74,7 +81,8 @@ def trained_on(run: Run, method: Method, data: Sequence[Batches]) -> int:
     if method.afterwards:
         return sum(share.samples for share in data)
     every = method.send_every or 1
-    return run.epochs * sum(share.size(i) for share in data for i in range(0, len(share), every))
+    epochs = run.epochs - method.first_epoch
+    return epochs * sum(share.size(i) for share in data for i in range(0, len(share), every))
 
 
 @pytest.mark.parametrize("run", runs(), ids=name_of)

@@ -77,8 +77,8 @@ def test_the_dice_of_a_tensor_are_its_own_and_repeat() -> None:
 
 def test_what_arrives_is_what_one_thread_says_it_is() -> None:
     first = sent(INT4, sequence=7, client=2)
-    sequence, got = codec.unpack_batch(first, iter([]), INT4)
-    assert sequence == 7
+    got = codec.unpack_batch(first, iter([]), INT4)
+    assert got.sequence == 7
     assert torch.equal(got.z, INT4.travel.through(Way.BATCH, batch().z, 2, 7))
     assert torch.equal(got.y, batch().y)
 

@@ -56,6 +56,22 @@ class Encoded:
     tensors: Sequence[Tensor]
 
 
+@dataclass(frozen=True)
+class Parcel:
+    """A tensor as it travelled: it opens to what arrived, as often as asked."""
+
+    codec: "Codec"
+    encoded: Encoded
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes, closed."""
+        return sum(tensor.numel() * tensor.itemsize for tensor in self.encoded.tensors)
+
+    def open(self) -> Tensor:
+        return self.codec.decode(self.encoded)
+
+
 Pack = Callable[[Tensor, Generator, bool], list[Tensor]]  # x float32, contiguous; whether in training
 Unpack = Callable[[Sequence[Tensor], Shape], Tensor]  # of tensors that the layout holds; to float32
 Layout = Callable[[Shape], tuple[Slot, ...]]
@@ -65,8 +81,8 @@ Layout = Callable[[Shape], tuple[Slot, ...]]
 class Codec:
     """How float32 tensors (B, C, ...) travel. Nothing is changed in place, and nothing remembered.
 
-    chance: whether encoding draws from the generator. What is decoded lies where the payload does, CPU
-    or GPU, and is finite.
+    chance: whether encoding draws from the generator. feedback: whether who sends is to add what encoding
+    took away to the next tensor. What is decoded lies where the payload does, CPU or GPU, and is finite.
     """
 
     name: str
@@ -74,6 +90,7 @@ class Codec:
     unpack: Unpack
     layout: Layout
     chance: bool = False
+    feedback: bool = False
 
     def encode(self, tensor: Tensor, generator: Generator, training: bool) -> Encoded:
         """Raises WireError for values that are NaN or infinite. fp32's payload shares the tensor's memory."""

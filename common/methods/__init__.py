@@ -53,7 +53,13 @@ def build_method(run: Run) -> Method:
     for name, count in Counter(name for name, _ in settings).items():
         if count > 1:
             raise ConfigError(f"--method-arg {name}=...: given {count} times; say it once")
-    return make(**dict(settings))
+    return _scheduled(run, make(**dict(settings)))
+
+
+def _scheduled(run: Run, method: Method) -> Method:
+    """The method, sending as seldom as the run says."""
+    first = max(0, run.epochs - run.send_last_epochs) if run.send_last_epochs else 0
+    return replace(method, send_every=run.send_every or method.send_every, first_epoch=first)
 
 
 def settled(run: Run) -> Run:
@@ -72,7 +78,13 @@ def settled(run: Run) -> Run:
     if method.sync and run.sync not in ("auto", method.sync):
         raise ConfigError(f"--sync {run.sync}: {run.method} needs {method.sync}; leave the flag out")
     sync = (method.sync or "none") if run.sync == "auto" else run.sync
-    Travel.of(run.codec, run.seed)  # raises where there is no such codec
+    travel = Travel.of(run.codec, run.seed)  # raises where there is no such codec
+    _check_schedule(run, method)
+    if run.chooses and travel.activations.name != "fp32":
+        raise ConfigError(
+            f"--codec activations={travel.activations.name}: the clients choose, by --link auto or --budget; "
+            "leave one out"
+        )
     if run.quorum > run.clients:
         raise ConfigError(f"--quorum {run.quorum} is above --clients {run.clients}")
     if sync == "relay" and run.least_clients < run.clients:
@@ -80,6 +92,32 @@ def settled(run: Run) -> Run:
             f"--quorum {run.quorum}: a relay needs all of its {run.clients} clients; leave the flag out"
         )
     return replace(run, sync=sync)
+
+
+def _check_schedule(run: Run, method: Method) -> None:
+    """Raises ConfigError for settings of what is sent when, where the method does not let them be."""
+    given = [flag for flag, said in (
+        ("--send-every", run.send_every),
+        ("--send-last-epochs", run.send_last_epochs),
+        ("--replay", run.replay),
+        ("--link auto", run.link == "auto"),
+        ("--budget", run.budget),
+    ) if said]  # fmt: skip
+    if given and not method.streams:
+        raise ConfigError(
+            f"{given[0]}: only for methods that send one way and learn from each batch on its own, dsl and "
+            f"cse-fsl; {run.method} does not"
+        )
+    if run.send_last_epochs > run.epochs:
+        raise ConfigError(f"--send-last-epochs {run.send_last_epochs} is above --epochs {run.epochs}")
+    if run.link == "auto" and run.fixed_order:
+        raise ConfigError(
+            "--link auto: what is sent depends on the link, and no order holds; drop --fixed-order"
+        )
+    if run.link == "auto" and run.budget:
+        raise ConfigError("--link auto and --budget: both choose what is sent; say one")
+    if run.budget and run.send_last_epochs:
+        raise ConfigError("--budget and --send-last-epochs: both say when to begin to send; say one")
 
 
 def arguments(make: Callable[..., Method]) -> dict[str, tuple[Any, Any]]:

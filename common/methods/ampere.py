@@ -72,7 +72,7 @@ class _Server:
             for index, some in enumerate(batches):
                 pace((epoch + index / len(batches)) / self._epochs)
                 losses.append(_step(part, z[some].to(device), y[some].to(device)))
-        return Answer(torch.stack(losses).mean())
+        return Answer(torch.stack(losses).mean(), replayed=(self._epochs - 1) * len(y))
 
 
 def _step(part: ServerPart, z: Tensor, y: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
+from common.codecs import Parcel
 from common.run import Sync
 
 
@@ -37,14 +38,16 @@ def _no_tail(_: Tensor) -> Tensor:
 class Received(Smashed):
     """A batch at the server: whose it is, and the fraction of the run that lies before it.
 
-    wanted: the client waits for dL/dz. through_tail: gives the client what the server's layers made
-    of the batch, u (B, ...) detached, and waits for dL/du: for methods whose client has the last layers.
+    wanted: the client waits for dL/dz. through_tail: gives the client what the server's layers made of the
+    batch, u (B, ...) detached, and waits for dL/du: for methods whose client has the last layers. parcel: the
+    activations as they travelled.
     """
 
     client: int
     progress: float
     wanted: bool = True
     through_tail: Callable[[Tensor], Tensor] = _no_tail
+    parcel: Parcel | None = None
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,13 @@ class Answer:
     """What a server step made: its mean loss () if it knows one, and dL/dz (B, C, H, W) of each batch.
 
     A gradient of None tells a client that its batch had no part in the step. `facts`: what the method
-    would have noted, as numbers.
+    would have noted, as numbers. replayed: samples that it learned from once more, of those that it holds.
     """
 
     loss: Tensor | None
     gradients: Sequence[Tensor | None] = ()
     facts: Mapping[str, float] = field(default_factory=dict)
+    replayed: int = 0
 
 
 class Stage(NamedTuple):
@@ -157,6 +161,7 @@ class Method:
     server_step: ServerStep
     local_loss: bool  # the client has a head of its own
     send_every: int = 1  # batches from one that is sent to the next; 0: none is
+    first_epoch: int = 0  # in which any is sent
     answer_every: int = 0  # of those sent, from one that is answered with dL/dz to the next; 0: none is
     may_skip: bool = False  # an answer may have no gradient
     gather: Gather = Gather.EACH
@@ -174,9 +179,16 @@ class Method:
         """Whether nothing that a client sends in training is answered."""
         return self.answer_every == 0 and self.tail is not Tail.LAST
 
-    def sent(self, batches: int) -> range:
-        """Which of an epoch's batches are sent, from 0."""
-        return range(0, batches, self.send_every) if self.send_every else range(0)
+    @property
+    def streams(self) -> bool:
+        """Whether batches go one way from beginning to end, each learned from on its own."""
+        whole_time = self.send_every > 0 and self.round_step is None and self.new_head is None
+        return self.one_way and whole_time and self.gather is Gather.EACH and not self.copies
+
+    def sent(self, epoch: int, batches: int) -> range:
+        """Which of this epoch's batches are sent, from 0."""
+        sends = self.send_every and epoch >= self.first_epoch
+        return range(0, batches, self.send_every) if sends else range(0)
 
     def answered(self, place: int) -> bool:
         """Whether dL/dz comes back for the batch at this place, from 0, of those sent in a segment."""

@@ -1,27 +1,34 @@
 """The server's side of a method: its parts of the network, one for all clients or a copy for each.
 
-What the real server's trainer and the simulation in one thread do alike: learning rate, step, the
-end of a round, scoring.
+What the real server's trainer and the simulation in one thread do alike: learning rate, step, learning
+from what is held once more, the end of a round, scoring.
 """
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.methods.base import Answer, Method, Received, ServerPart
+from common.methods.replay import Replay, Shelf
 from common.optim import learning_rate, set_learning_rate, sgd
 from common.parts import average, load_state, state_of
 from common.run import Run
 
 
 class Hosting:
-    """`parts`: one, or one for each client where the method has copies; all begin alike."""
+    """`parts`: one, or one for each client where the method has copies; all begin alike.
 
-    def __init__(self, run: Run, method: Method, part: ServerPart) -> None:
+    shelf: where batches lie that are learned from again, if the run has any.
+    """
+
+    def __init__(self, run: Run, method: Method, part: ServerPart, shelf: Shelf | None = None) -> None:
         self._run, self._method = run, method
+        self._replay = Replay(run.replay_bytes, run.reuse, shelf) if run.replay else None
+        self._began = self._latest = 0.0  # the progress of this round's first step, and of the last one
         self.parts = [part]
         if method.copies:
             self.parts += [_copy(run, part) for _ in range(run.clients - 1)]
@@ -35,14 +42,34 @@ class Hosting:
         progress = sum(batch.progress for batch in group) / len(group)
         self._pace(part, progress)
         self._samples[index] += sum(len(batch.z) for batch in group)
-        return self._method.server_step(part, group)
+        answer = self._method.server_step(part, group)
+        if self._replay is not None:
+            for batch in group:
+                self._replay.keep(batch)
+        self._latest = progress
+        return answer
+
+    @property
+    def can_replay(self) -> bool:
+        """Whether there is something left to learn from again."""
+        return bool(self._replay)
+
+    def replay(self, progress: float | None = None) -> Answer:
+        """One more step, on a batch that is kept; at this progress, else at that of the last batch."""
+        assert self._replay is not None, "something is left"
+        batch = self._replay.take()
+        self._pace(self.parts[0], self._latest if progress is None else progress)
+        return replace(self._method.server_step(self.parts[0], [batch]), replayed=len(batch.z))
 
     def end_round(self) -> Answer | None:
         """What the method does when every client's batches have come.
 
-        Averages copies, weighted by the samples of the round; their momentum stays. A copy that was not
-        trained, its client being lost, has no weight; if none was, nothing changes.
+        What is kept is learned from as often as it may be, through the round's stretch of the schedule once
+        more. Averages copies, weighted by the samples of the round; their momentum stays. A copy that was
+        not trained, its client being lost, has no weight; if none was, nothing changes.
         """
+        if self._replay is not None:
+            return self._replay_round(self._replay)
         if self._method.copies and any(self._samples):
             mean = average([state_of(part, momentum=False) for part in self.parts], self._samples)
             for copied in self.parts:
@@ -52,6 +79,17 @@ class Hosting:
             return None
         (part,) = self.parts
         return self._method.round_step(part, lambda progress: self._pace(part, progress))
+
+    def _replay_round(self, kept: Replay) -> Answer | None:
+        steps = kept.left
+        answers = [
+            self.replay(self._began + (self._latest - self._began) * step / steps) for step in range(steps)
+        ]
+        self._began = self._latest
+        losses = [answer.loss for answer in answers if answer.loss is not None]
+        if not losses:
+            return None
+        return Answer(torch.stack(losses).mean(), replayed=sum(answer.replayed for answer in answers))
 
     def score(self, z: Tensor, y: Tensor) -> tuple[int, float]:
         """How many of the batch are classified right, and the loss summed over it."""

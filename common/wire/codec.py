@@ -6,14 +6,14 @@ written straight into one buffer. What leaves here needs no further check.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.codecs.base import Codec, Encoded
+from common.codecs import Codec, Encoded, Parcel, split
 from common.codecs.travel import Travel, Way
 from common.errors import WireError
 from common.methods.base import Method, Smashed, Tail
@@ -33,6 +33,19 @@ _CODES: Mapping[torch.dtype, pb.Dtype] = {
     torch.int32: pb.DTYPE_INT32,
 }
 _TYPES = {code: dtype for dtype, code in _CODES.items()}
+# Every codec that there is, by its name: what both ends know is agreed on at Join.
+CODEC_NAMES: Mapping[pb.Codec, str] = {
+    pb.CODEC_FP32: "fp32",
+    pb.CODEC_FP16: "fp16",
+    pb.CODEC_BF16: "bf16",
+    pb.CODEC_FP8: "fp8",
+    pb.CODEC_INT8: "int8",
+    pb.CODEC_INT4: "int4",
+    pb.CODEC_INT2: "int2",
+    pb.CODEC_TOPK: "topk",
+    pb.CODEC_RANDTOPK: "randtopk",
+}
+_NAMED = {name: code for code, name in CODEC_NAMES.items()}
 _NOTHING: Mapping[str, Any] = {}
 
 
@@ -61,25 +74,55 @@ def batch_spec(run: Run, method: Method, net: CutNet) -> BatchSpec:
         run.class_count,
         labels=method.tail is Tail.NONE,
         output_shape=output,
-        travel=Travel.of(run.codec, run.seed),
+        travel=Travel.of(run.codec, run.seed, run.chooses),
     )
 
 
+def unknown(travel: Travel, known: Collection[pb.Codec]) -> list[str]:
+    """The codecs that the run needs, by name, of which a client does not say that it knows them."""
+    needed = {split(codec.name)[0] for codec in (travel.activations, travel.gradients)}
+    ladder = {split(name)[0] for name in travel.ladder}
+    return sorted(name for name in (needed | ladder) - {"fp32"} if _NAMED[name] not in known)
+
+
 def pack_batch(
-    kind: type[Head], sequence: int, batch: Smashed, spec: BatchSpec, client: int = 0
+    kind: type[Head], sequence: int, batch: Smashed, spec: BatchSpec, client: int = 0, choice: str = ""
 ) -> Iterator[Piece[Head]]:
-    """The pieces of one batch of this client, for the RPC whose request is `kind`."""
+    """The pieces of one batch of this client, for the RPC whose request is `kind`.
+
+    choice: the codec, of the run's ladder, where the client chooses it.
+    """
     way = Way.EXAM if kind is pb.EvaluateRequest else Way.BATCH
     head = pb.Batch(sequence=sequence, activations=_describe(batch.z))
+    if choice:
+        codec, _, zstd, _ = split(choice)
+        head.codec.CopyFrom(pb.CodecSpec(codec=_NAMED[codec], zstd=zstd))
     y = []
     if spec.labels:
         y = [_on_host(batch.y).to(spec.label_dtype)]
         head.labels.CopyFrom(_describe(y[0]))
-    return _pack(kind, "batch", head, batch.z, (spec.travel, way, client, sequence), y)
+    return _pack(kind, "batch", head, batch.z, (spec.travel, way, client, sequence, choice), y)
 
 
-def unpack_batch(first: Piece[Any], rest: Iterator[Piece[Any]], spec: BatchSpec) -> tuple[int, Smashed]:
-    """A batch and its sequence number: z on the host, y as int64. Raises WireError."""
+@dataclass(frozen=True)
+class Arrived(Smashed):
+    """A batch as it came: z on the host, y as int64; its number, and its activations still closed."""
+
+    sequence: int
+    parcel: Parcel
+
+
+def unpack_skipped(piece: Piece[Any], spec: BatchSpec) -> tuple[int, int]:
+    """The number of a batch that its client does not send, and its samples. Raises WireError."""
+    skipped: pb.Skipped = piece.head.skipped
+    if piece.size or not spec.travel.ladder:
+        raise WireError(f"batch {skipped.sequence} is skipped; in this run every batch is sent, or has data")
+    _check_samples(skipped.samples, spec)
+    return skipped.sequence, skipped.samples
+
+
+def unpack_batch(first: Piece[Any], rest: Iterator[Piece[Any]], spec: BatchSpec) -> Arrived:
+    """A batch of the run. Raises WireError."""
     head: pb.Batch = _head(first, "batch")
     samples = _samples(head.activations, spec)
     shape = (samples, *spec.cut_shape)
@@ -90,12 +133,13 @@ def unpack_batch(first: Piece[Any], rest: Iterator[Piece[Any]], spec: BatchSpec)
         labelled = [_declared(head.labels)]
     elif head.HasField("labels"):
         raise WireError(f"batch {head.sequence} has labels; in this run they stay with the client")
-    z, labels = _unpack(first, rest, head.payload, shape, spec.travel.activations, labelled)
+    parcel, labels = _unpack(first, rest, head.payload, shape, _chosen(head, spec.travel), labelled)
+    z = parcel.open()
     _check_finite(f"activations of batch {head.sequence}", z)
     y = labels[0].long() if labels else torch.empty(0, dtype=torch.int64)
     if labels and int(y.max()) >= spec.classes:
         raise WireError(f"label {int(y.max())} in batch {head.sequence}: the run has {spec.classes} classes")
-    return head.sequence, Smashed(z, y)
+    return Arrived(z, y, head.sequence, parcel)
 
 
 def pack_gradient(
@@ -112,7 +156,7 @@ def pack_gradient(
         return _cut(kind, {"gradient": head}, [])
     head.gradient.CopyFrom(_describe(gradient))
     up = kind is pb.TrainRequest
-    travels = (spec.travel, Way.TAIL_GRADIENT if up else Way.GRADIENT, client, sequence)
+    travels = (spec.travel, Way.TAIL_GRADIENT if up else Way.GRADIENT, client, sequence, "")
     return _pack(kind, "gradient", head, gradient, travels, later={"of_gradient": True} if up else {})
 
 
@@ -128,7 +172,7 @@ def unpack_gradient(
     if not head.HasField("gradient") and not first.size:
         return None, head.loss
     _expect("gradient", head.gradient, (torch.float32, shape))
-    gradient, _ = _unpack(first, rest, head.payload, shape, spec.travel.gradients)
+    gradient = _unpack(first, rest, head.payload, shape, spec.travel.gradients)[0].open()
     _check_finite(f"the gradient of batch {sequence}", gradient)
     return gradient, head.loss
 
@@ -139,7 +183,7 @@ def pack_output(
     """What the server's layers made of a batch, for a client that has the last ones."""
     head = pb.Output(sequence=sequence, output=_describe(output))
     training = kind is pb.TrainResponse
-    travels = (spec.travel, Way.OUTPUT if training else Way.EXAM_OUTPUT, client, sequence)
+    travels = (spec.travel, Way.OUTPUT if training else Way.EXAM_OUTPUT, client, sequence, "")
     return _pack(kind, "output", head, output, travels, later={"of_output": True} if training else {})
 
 
@@ -150,7 +194,7 @@ def unpack_output(
     head: pb.Output = _head(first, "output")
     _due("output", head.sequence, sequence)
     _expect("output", head.output, (torch.float32, shape))
-    output, _ = _unpack(first, rest, head.payload, shape, spec.travel.activations)
+    output = _unpack(first, rest, head.payload, shape, spec.travel.activations)[0].open()
     _check_finite(f"the output of batch {sequence}", output)
     return output
 
@@ -191,7 +235,8 @@ def declared_bytes(spec: pb.TensorSpec) -> int:
     return size if size < 2**62 else 0
 
 
-Travels = tuple[Travel, Way, int, int]  # with which codecs, as what, of which client, of which batch
+# With which codecs, as what, of which client, of which batch, by which choice.
+Travels = tuple[Travel, Way, int, int, str]
 
 
 def _pack(
@@ -219,10 +264,11 @@ def _pack(
 
 def _encode(head: Any, tensor: Tensor, travels: Travels) -> list[Tensor]:
     """The payload, on the host; the head is told of it."""
-    travel, way, client, sequence = travels
-    if _is_plain(travel.codec(way)):
+    travel, way, client, sequence, choice = travels
+    if _is_plain(travel.codec(way, choice)):
         return [_on_host(tensor)]
-    payload = [_on_host(part) for part in travel.encode(way, tensor, client, sequence).tensors]
+    parcel = travel.encode(way, tensor, client, sequence, choice)
+    payload = [_on_host(part) for part in parcel.encoded.tensors]
     head.payload.extend(map(_describe, payload))
     return payload
 
@@ -234,20 +280,31 @@ def _unpack(
     shape: tuple[int, ...],
     codec: Codec,
     others: Sequence[Spec] = (),
-) -> tuple[Tensor, list[Tensor]]:
-    """The tensor of this shape that was encoded, and the others. Raises WireError."""
+) -> tuple[Parcel, list[Tensor]]:
+    """The tensor of this shape as it was encoded, and the others. Raises WireError."""
     if _is_plain(codec):
         if declared:
             raise WireError(f"a payload of {len(declared)} tensors; in this run tensors travel as they are")
         tensor, *plain = _assemble(first, rest, [(torch.float32, shape), *others])
-        return tensor, plain
+        return Parcel(codec, Encoded(shape, [tensor])), plain
     for spec in declared:
         if spec.dtype not in _TYPES:
             raise WireError(f"{codec.name}: dtype {spec.dtype} is unknown")
     payload = [_declared(spec) for spec in declared]
     codec.judge(shape, payload)  # before anything is allocated
     tensors = _assemble(first, rest, [*payload, *others])
-    return codec.decode(Encoded(shape, tensors[: len(payload)])), tensors[len(payload) :]
+    return Parcel(codec, Encoded(shape, tensors[: len(payload)])), tensors[len(payload) :]
+
+
+def _chosen(head: pb.Batch, travel: Travel) -> Codec:
+    """The codec that the batch says, of those that the run lets it choose; else the run's."""
+    if not head.HasField("codec"):
+        return travel.activations
+    name = CODEC_NAMES.get(head.codec.codec, f"codec {head.codec.codec}") + "+zstd" * head.codec.zstd
+    if name not in travel.ladder:
+        there = ", ".join(travel.ladder) or "that of the run only"
+        raise WireError(f"batch {head.sequence} comes as {name}; it may as {there}")
+    return travel.ladder[name]
 
 
 def _is_plain(codec: Codec) -> bool:
@@ -282,9 +339,13 @@ def _declared(spec: pb.TensorSpec) -> Spec:
 
 def _samples(spec: pb.TensorSpec, rule: BatchSpec) -> int:
     samples = spec.shape[0] if spec.shape else 0
+    _check_samples(samples, rule)
+    return samples
+
+
+def _check_samples(samples: int, rule: BatchSpec) -> None:
     if not 1 <= samples <= rule.batch_size:
         raise WireError(f"a batch of {samples} samples: the run allows 1 to {rule.batch_size}")
-    return samples
 
 
 def _expect(name: str, spec: pb.TensorSpec, wanted: Spec) -> None:

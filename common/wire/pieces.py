@@ -8,7 +8,7 @@ language reads and writes the same bytes with its generated classes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
@@ -31,6 +31,13 @@ class Piece(Generic[Head]):
     def size(self) -> int:
         """Bytes of data."""
         return sum(chunk.nbytes for chunk in self.chunks)
+
+
+def serialized_size(piece: Piece[Any]) -> int:
+    """Bytes that `encode` makes of it."""
+    data = 1 + len(_varint(piece.size)) + piece.size if piece.chunks else 0
+    size: int = piece.head.ByteSize() + data
+    return size
 
 
 def encode(piece: Piece[Head]) -> bytes:

@@ -15,6 +15,19 @@ class SyncPurpose(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SYNC_PURPOSE_END_TURN: _ClassVar[SyncPurpose]
     SYNC_PURPOSE_TAKE_HEAD: _ClassVar[SyncPurpose]
 
+class Codec(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CODEC_UNSPECIFIED: _ClassVar[Codec]
+    CODEC_FP32: _ClassVar[Codec]
+    CODEC_FP16: _ClassVar[Codec]
+    CODEC_BF16: _ClassVar[Codec]
+    CODEC_FP8: _ClassVar[Codec]
+    CODEC_INT8: _ClassVar[Codec]
+    CODEC_INT4: _ClassVar[Codec]
+    CODEC_INT2: _ClassVar[Codec]
+    CODEC_TOPK: _ClassVar[Codec]
+    CODEC_RANDTOPK: _ClassVar[Codec]
+
 class Dtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     DTYPE_UNSPECIFIED: _ClassVar[Dtype]
@@ -30,6 +43,16 @@ SYNC_PURPOSE_AVERAGE: SyncPurpose
 SYNC_PURPOSE_TAKE_TURN: SyncPurpose
 SYNC_PURPOSE_END_TURN: SyncPurpose
 SYNC_PURPOSE_TAKE_HEAD: SyncPurpose
+CODEC_UNSPECIFIED: Codec
+CODEC_FP32: Codec
+CODEC_FP16: Codec
+CODEC_BF16: Codec
+CODEC_FP8: Codec
+CODEC_INT8: Codec
+CODEC_INT4: Codec
+CODEC_INT2: Codec
+CODEC_TOPK: Codec
+CODEC_RANDTOPK: Codec
 DTYPE_UNSPECIFIED: Dtype
 DTYPE_FLOAT32: Dtype
 DTYPE_INT64: Dtype
@@ -40,14 +63,16 @@ DTYPE_BFLOAT16: Dtype
 DTYPE_INT32: Dtype
 
 class JoinRequest(_message.Message):
-    __slots__ = ("oldest_version", "newest_version", "name")
+    __slots__ = ("oldest_version", "newest_version", "name", "codecs")
     OLDEST_VERSION_FIELD_NUMBER: _ClassVar[int]
     NEWEST_VERSION_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
+    CODECS_FIELD_NUMBER: _ClassVar[int]
     oldest_version: int
     newest_version: int
     name: str
-    def __init__(self, oldest_version: _Optional[int] = ..., newest_version: _Optional[int] = ..., name: _Optional[str] = ...) -> None: ...
+    codecs: _containers.RepeatedScalarFieldContainer[Codec]
+    def __init__(self, oldest_version: _Optional[int] = ..., newest_version: _Optional[int] = ..., name: _Optional[str] = ..., codecs: _Optional[_Iterable[_Union[Codec, str]]] = ...) -> None: ...
 
 class JoinResponse(_message.Message):
     __slots__ = ("welcome",)
@@ -68,30 +93,42 @@ class Welcome(_message.Message):
     def __init__(self, version: _Optional[int] = ..., run: _Optional[str] = ..., client: _Optional[int] = ..., session: _Optional[str] = ...) -> None: ...
 
 class Segment(_message.Message):
-    __slots__ = ("session", "epoch", "first_sequence", "batches", "samples")
+    __slots__ = ("session", "epoch", "first_sequence", "batches", "samples", "first_epoch")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     FIRST_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     BATCHES_FIELD_NUMBER: _ClassVar[int]
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    FIRST_EPOCH_FIELD_NUMBER: _ClassVar[int]
     session: str
     epoch: int
     first_sequence: int
     batches: int
     samples: int
-    def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., first_sequence: _Optional[int] = ..., batches: _Optional[int] = ..., samples: _Optional[int] = ...) -> None: ...
+    first_epoch: int
+    def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., first_sequence: _Optional[int] = ..., batches: _Optional[int] = ..., samples: _Optional[int] = ..., first_epoch: _Optional[int] = ...) -> None: ...
 
 class Batch(_message.Message):
-    __slots__ = ("sequence", "activations", "labels", "payload")
+    __slots__ = ("sequence", "activations", "labels", "payload", "codec")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     ACTIVATIONS_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     activations: TensorSpec
     labels: TensorSpec
     payload: _containers.RepeatedCompositeFieldContainer[TensorSpec]
-    def __init__(self, sequence: _Optional[int] = ..., activations: _Optional[_Union[TensorSpec, _Mapping]] = ..., labels: _Optional[_Union[TensorSpec, _Mapping]] = ..., payload: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ...) -> None: ...
+    codec: CodecSpec
+    def __init__(self, sequence: _Optional[int] = ..., activations: _Optional[_Union[TensorSpec, _Mapping]] = ..., labels: _Optional[_Union[TensorSpec, _Mapping]] = ..., payload: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., codec: _Optional[_Union[CodecSpec, _Mapping]] = ...) -> None: ...
+
+class Skipped(_message.Message):
+    __slots__ = ("sequence", "samples")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    samples: int
+    def __init__(self, sequence: _Optional[int] = ..., samples: _Optional[int] = ...) -> None: ...
 
 class Gradient(_message.Message):
     __slots__ = ("sequence", "gradient", "loss", "payload")
@@ -145,15 +182,25 @@ class NamedTensorSpec(_message.Message):
     spec: TensorSpec
     def __init__(self, name: _Optional[str] = ..., spec: _Optional[_Union[TensorSpec, _Mapping]] = ...) -> None: ...
 
+class CodecSpec(_message.Message):
+    __slots__ = ("codec", "zstd")
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    ZSTD_FIELD_NUMBER: _ClassVar[int]
+    codec: Codec
+    zstd: bool
+    def __init__(self, codec: _Optional[_Union[Codec, str]] = ..., zstd: _Optional[bool] = ...) -> None: ...
+
 class StreamActivationsRequest(_message.Message):
-    __slots__ = ("segment", "batch", "data")
+    __slots__ = ("segment", "batch", "skipped", "data")
     SEGMENT_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
+    SKIPPED_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     segment: Segment
     batch: Batch
+    skipped: Skipped
     data: bytes
-    def __init__(self, segment: _Optional[_Union[Segment, _Mapping]] = ..., batch: _Optional[_Union[Batch, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, segment: _Optional[_Union[Segment, _Mapping]] = ..., batch: _Optional[_Union[Batch, _Mapping]] = ..., skipped: _Optional[_Union[Skipped, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class StreamActivationsResponse(_message.Message):
     __slots__ = ("applied",)
