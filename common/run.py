@@ -123,8 +123,8 @@ class Run:
     """Step on the clients' batches strictly in turn, so that a run repeats bit for bit."""
     codec: tuple[str, ...] = ()
     """How tensors are made small for the wire: activations=NAME gradients=NAME, of fp32, fp16, bf16, fp8,
-    int8, int4, int2, topk:K, randtopk:K, each also with +zstd (compressed) and +ef (error feedback: what
-    coding takes away is added to the next tensor). Default: fp32, as they are."""
+    int8, int4, int3, int2, topk:K, randtopk:K, each also with +zstd (compressed) and +ef (error feedback:
+    what coding takes away is added to the next tensor). Default: fp32, as they are."""
     send_every: int = 0
     """Of methods that send one way: batches from one that is sent to the next; 0: as the method has it."""
     send_last_epochs: int = 0

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
+from common.crops import crop_and_flip
 from common.errors import ConfigError
 from common.run import MEAN, STD
 from dsl_client.data import Dataset
@@ -101,24 +101,6 @@ def limited(dataset: Dataset, limit: int, seed: int) -> Dataset:
     return replace(dataset, images=dataset.images[drawn], labels=dataset.labels[drawn])
 
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """A random crop out of a zero margin, and a flip left to right for half: each sample its own.
-
-    images: (B, C, H, W), of any dtype, on any device; the result is like it. generator: on the
-    CPU, whatever the images are on, so that a run draws the same numbers on every machine.
-    """
-    count, channels, height, width = images.shape
-    crops = torch.randint(2 * MARGIN + 1, (2, count, 1), generator=generator)
-    flips = torch.randint(2, (count, 1), generator=generator).bool()
-    rows = (crops[0] + torch.arange(height)).to(images.device)  # (B, H)
-    columns = crops[1] + torch.arange(width)
-    columns = torch.where(flips, columns.flip(1), columns).to(images.device)  # (B, W)
-    padded = F.pad(images, (MARGIN,) * 4)
-    rows = rows[:, None, :, None].expand(-1, channels, -1, padded.shape[3])
-    columns = columns[:, None, None, :].expand(-1, channels, height, -1)
-    return padded.gather(2, rows).gather(3, columns)
-
-
 def normalise(images: Tensor) -> Tensor:
     """(B, C, H, W) uint8 as float32 of about zero mean and unit spread: 0 is -2, 255 is 2."""
     return images.to(torch.float32).div_(255).sub_(MEAN).div_(STD)
@@ -174,8 +156,14 @@ class Batches:
         for batch in range(start, len(self)):  # none for no samples; split would give one
             x = self._images[places[batch]]
             if self._augment:
-                x = augment(x, self._generator(number, batch))
+                x = crop_and_flip(x, MARGIN, self._generator(number, batch))
             yield normalise(x), self._labels[places[batch]]
+
+    def plain(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every batch once, in the order of the images, none of which is augmented."""
+        for batch in range(len(self)):
+            some = slice(batch * self._size, (batch + 1) * self._size)
+            yield normalise(self._images[some]), self._labels[some]
 
     def _order(self, number: int) -> Tensor:
         """The order of an epoch: (N,) places in the client's own part."""

@@ -28,6 +28,8 @@ class Source(Protocol):
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]: ...
 
+    def plain(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -192,7 +194,7 @@ def _send_once(
     travel: Travel,
 ) -> None:
     for client, batches in enumerate(data):
-        for sequence, (x, y) in enumerate(batches.epoch(run.epochs), 1):
+        for sequence, (x, y) in enumerate(batches.plain(), 1):
             for batch in client_step(clients[client], x, y):
                 assert isinstance(batch, Smashed), "it sends batches"
                 z = travel.through(Way.BATCH, batch.z, client, sequence)

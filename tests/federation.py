@@ -58,6 +58,9 @@ class Batches:
         return min(self._size, self.samples - batch * self._size)
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.plain()
+
+    def plain(self) -> Iterator[tuple[Tensor, Tensor]]:
         yield from zip(self.x.split(self._size), self.y.split(self._size), strict=True)
 
 

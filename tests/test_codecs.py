@@ -18,7 +18,7 @@ from common.errors import ConfigError, WireError
 
 PLAIN = [*CODECS, "topk:0.03", "topk:1", "randtopk:0.5:0.3"]
 NAMES = [*PLAIN, *(f"{name}+zstd" for name in CODECS)]
-INTS = {"int8": 8, "int4": 4, "int2": 2}
+INTS = {"int8": 8, "int4": 4, "int3": 4, "int2": 2}  # bits that an element takes
 SHAPE = (2, 3, 5, 2)  # 60 elements, 30 a sample, 20 a channel
 TINY, MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 REGIMES = ("relu", "signed", "negative", "zeros", "equal", "spike", "denormal", "huge", "ends")
@@ -95,7 +95,7 @@ def most_error(name: str, x: Tensor, payload: Encoded) -> Tensor:
     return per_channel(payload.tensors[0], x) * (1 + 1e-5)
 
 
-@pytest.mark.parametrize("name", ["fp32", "fp16", "bf16", "fp8", "int8", "int4", "int2"])
+@pytest.mark.parametrize("name", ["fp32", "fp16", "bf16", "fp8", *INTS])
 @given(x=tensors, seed=st.integers(0, 9), training=st.booleans())
 def test_an_element_comes_out_within_its_codecs_error(
     name: str, x: Tensor, seed: int, training: bool
@@ -154,7 +154,9 @@ def test_a_scale_is_a_channels_own() -> None:
     assert bool((error < 0.005).all())
 
 
-@pytest.mark.parametrize(("name", "levels", "signed_levels"), [("int8", 255, 127), ("int4", 15, 7)])
+@pytest.mark.parametrize(
+    ("name", "levels", "signed_levels"), [("int8", 255, 127), ("int4", 15, 7), ("int3", 7, 3)]
+)
 def test_a_tensor_without_negative_values_has_all_the_levels(
     name: str, levels: int, signed_levels: int
 ) -> None:
@@ -175,7 +177,7 @@ def test_a_channel_of_zeros_beside_others_stays_zero() -> None:
         assert not there_and_back(name, x)[:, 1].any(), name
 
 
-@pytest.mark.parametrize("name", ["int4", "int2"])
+@pytest.mark.parametrize("name", ["int4", "int3", "int2"])
 @pytest.mark.parametrize("regime", ["relu", "signed"])
 def test_rounding_at_random_has_the_right_mean(name: str, regime: str) -> None:
     x, draws = values(SHAPE, regime, seed=3), 2000
@@ -329,9 +331,18 @@ def test_how_a_tensor_lies_in_memory_is_of_no_account(name: str) -> None:
 # ---------------------------------------------------------------- bits
 
 
-def test_a_byte_holds_codes_that_lie_far_apart() -> None:
-    assert pack(torch.tensor([1, 2, 3, 0], dtype=torch.uint8), 4).tolist() == [0x31, 0x02]
-    assert pack(torch.tensor([1, 2, 3, 0], dtype=torch.uint8), 2).tolist() == [0b00_11_10_01]
+def test_a_byte_holds_neighbours_the_first_in_the_lowest_bits() -> None:
+    four, two = torch.tensor([1, 2, 15, 0], dtype=torch.uint8), torch.tensor([1, 2, 3, 0], dtype=torch.uint8)
+    assert pack(four, 4).tolist() == [0x21, 0x0F]
+    assert pack(two, 2).tolist() == [0b00_11_10_01]
+
+
+def test_int3_refuses_codes_that_it_cannot_have_made() -> None:
+    codec, x = parse("int3"), values(SHAPE)
+    *rest, codes = codec.encode(x, seeded(), True).tensors
+    codes[-1] = 0x81
+    with pytest.raises(WireError, match="int3: codes: 8 came; they are at most 7"):
+        codec.decode(Encoded(SHAPE, [*rest, codes]))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -472,7 +483,7 @@ def test_whatever_codes_are_accepted_come_out_finite(name: str, seed: int) -> No
         try:
             assert parse(name).decode(Encoded(SHAPE, [scale, signed, codes])).isfinite().all()
         except WireError:
-            assert signed.tolist() == [1]
+            assert signed.tolist() == [1] or name == "int3"
 
 
 @pytest.mark.parametrize(
@@ -613,7 +624,7 @@ def test_a_name_gives_its_codec(name: str, called: str) -> None:
     [
         (
             "",
-            "choose fp32, fp16, bf16, fp8, int8, int4, int2, topk[:K], randtopk[:K][:ALPHA]; each with +zstd",
+            "choose fp32, fp16, bf16, fp8, int8, int4, int3, int2, topk[:K], randtopk[:K][:ALPHA]; each with",
         ),
         ("int5", "codec 'int5': choose fp32"),
         ("INT4", "choose fp32"),

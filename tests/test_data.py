@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from common.crops import crop_and_flip
 from common.errors import ConfigError
 from dsl_client import data, sources
-from dsl_client.batches import MARGIN, Batches, augment, normalise, partition
+from dsl_client.batches import MARGIN, Batches, normalise, partition
 from dsl_client.data import Dataset, fit, load
 
 CPU = torch.device("cpu")
@@ -483,16 +484,17 @@ def variants(image: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-def test_augment_gives_crops_and_flips_of_the_same_sample(dtype: torch.dtype) -> None:
+def test_a_crop_and_flip_is_one_of_the_same_sample(dtype: torch.dtype) -> None:
     images = torch.from_numpy(some_images(40, 3, 6, 5)).to(dtype)
-    for image, result in zip(images, augment(images, torch.Generator().manual_seed(3)), strict=True):
+    results = crop_and_flip(images, MARGIN, torch.Generator().manual_seed(3))
+    for image, result in zip(images, results, strict=True):
         assert result.dtype == dtype
         assert any(np.array_equal(result.numpy(), possible) for possible in variants(image.numpy()))
 
 
-def test_augment_draws_for_each_sample_and_reaches_every_variant() -> None:
+def test_each_sample_draws_its_own_and_every_variant_is_reached() -> None:
     image = torch.from_numpy(some_images(1, 1, 6, 6) | 1)  # no zeros: all variants differ
-    found = augment(image.expand(4000, -1, -1, -1), torch.Generator().manual_seed(0))
+    found = crop_and_flip(image.expand(4000, -1, -1, -1), MARGIN, torch.Generator().manual_seed(0))
     counts: dict[bytes, int] = {}
     for result in found:
         counts[result.numpy().tobytes()] = counts.get(result.numpy().tobytes(), 0) + 1
@@ -501,11 +503,19 @@ def test_augment_draws_for_each_sample_and_reaches_every_variant() -> None:
     assert max(counts.values()) < 60  # 24.7 are due to each: about equally likely
 
 
-def test_augment_is_a_function_of_the_generator() -> None:
+def test_crops_and_flips_are_a_function_of_the_generator() -> None:
     images = torch.from_numpy(some_images(16, 3, 8, 8))
-    one, same, other = (augment(images, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    one, same, other = (crop_and_flip(images, MARGIN, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
+
+
+def test_every_batch_can_be_had_once_as_it_is() -> None:
+    made = batches(augment=True)
+    assert [len(y) for _, y in made.plain()] == [made.size(index) for index in range(len(made))]
+    x, y = (torch.cat(tensors) for tensors in zip(*made.plain(), strict=True))
+    assert torch.equal(x, normalise(numbered().images))
+    assert torch.equal(y, numbered().labels)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from common.crops import crop_and_flip
+from common.methods.ampere import augmented
 from common.run import Run
 from tests.federation import Batches
 from tests.plain import (
@@ -95,7 +97,9 @@ def reshuffled(run: Run, samples: Sequence[int]) -> list[Batches]:
     return [Reshuffled(run, seed=client, samples=n) for client, n in enumerate(samples)]
 
 
-def ampere_reference(run: Run, data: Sequence[Batches], norm: bool, epochs: int, size: int) -> Trained:
+def ampere_reference(
+    run: Run, data: Sequence[Batches], norm: bool, epochs: int, size: int, augment: bool
+) -> Trained:
     def rate(progress: float) -> float:
         return run.lr / 2 * (1 + math.cos(math.pi * progress))
 
@@ -112,7 +116,7 @@ def ampere_reference(run: Run, data: Sequence[Batches], norm: bool, epochs: int,
         for modules in (bottoms, heads):
             mean_into(modules, [share.samples for share in data])
 
-    everything = [(bottoms[0].eval()(x).detach(), y) for share in data for x, y in share.epoch(run.epochs)]
+    everything = [(bottoms[0].eval()(x).detach(), y) for share in data for x, y in share.plain()]
     z, y = (torch.cat(tensors) for tensors in zip(*everything, strict=True))
     top, top_moves = net.top, optimizer_of(run, net.top)
     dice = torch.Generator().manual_seed(run.seed)
@@ -123,7 +127,8 @@ def ampere_reference(run: Run, data: Sequence[Batches], norm: bool, epochs: int,
             some = order[start : start + size]
             top_moves.param_groups[0]["lr"] = rate(step / steps)
             top_moves.zero_grad()
-            F.cross_entropy(top(z[some]), y[some]).backward()
+            seen = crop_and_flip(z[some], 1, dice) if augment else z[some]
+            F.cross_entropy(top(seen), y[some]).backward()
             top_moves.step()
             step += 1
     return Trained([], [*bottoms, *heads, top], [])
@@ -131,19 +136,18 @@ def ampere_reference(run: Run, data: Sequence[Batches], norm: bool, epochs: int,
 
 @NORMS
 @SHARES
-@pytest.mark.parametrize(("epochs", "size"), [(3, 5), (12, 128)])
+@pytest.mark.parametrize(("epochs", "size", "augment"), [(3, 5, False), (12, 128, False), (3, 5, True)])
 def test_ampere_is_local_training_and_then_the_servers_on_all_activations(
-    samples: Sequence[int], norm: bool, epochs: int, size: int
+    samples: Sequence[int], norm: bool, epochs: int, size: int, augment: bool
 ) -> None:
-    settings = (f"server_epochs={epochs}", f"server_batch={size}")
+    settings = (f"server_epochs={epochs}", f"server_batch={size}", f"augment={int(augment)}")
     run = plain_run("ampere", len(samples), method_arg=settings, schedule="cosine")
     data = reshuffled(run, samples)
     ours = trained(run, data, norm)
     assert moved(ours.bottoms, network(norm).bottom)
     assert moved(ours.tops, network(norm).top)
-    assert_near(
-        [*ours.bottoms, *ours.heads, *ours.tops], ampere_reference(run, data, norm, epochs, size).tops
-    )
+    reference = ampere_reference(run, data, norm, epochs, size, augment)
+    assert_near([*ours.bottoms, *ours.heads, *ours.tops], reference.tops)
 
 
 @NORMS
@@ -155,6 +159,25 @@ def test_amperes_clients_end_as_those_of_dsl_with_averaged_parts(samples: Sequen
     dsl, ampere = (trained(run, shares(run, samples), norm) for run in runs)
     assert moved(ampere.bottoms, network(norm).bottom)
     assert_same([*ampere.bottoms, *ampere.heads], [*dsl.bottoms, *dsl.heads])
+
+
+def test_activations_of_a_moved_image_are_the_moved_activations() -> None:
+    """Inside; so that to augment these is to augment those."""
+    bottom = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.Conv2d(5, 4, 3, padding=1))
+    x = torch.randn(2, 3, 16, 16)
+    moved_z, z_moved = bottom(x.roll((1, -2), (2, 3))), bottom(x).roll((1, -2), (2, 3))
+    assert torch.allclose(moved_z[..., 4:-4, 4:-4], z_moved[..., 4:-4, 4:-4], atol=1e-6)
+
+
+def test_activations_are_cropped_out_of_a_margin_of_a_sixteenth() -> None:
+    z = torch.arange(1.0, 65.0).view(1, 1, 8, 8).expand(500, -1, -1, -1)
+    seen = augmented(z, torch.Generator().manual_seed(1))
+    corners = {float(value) for value in seen[:, 0, 0, 0]}
+    assert corners == {0.0, 1, 2, 9, 10, 7, 8, 15, 16}, "a pixel up, down, left, right, and flipped"
+    wide = augmented(torch.ones(500, 2, 32, 32), torch.Generator().manual_seed(1))
+    assert (1 - wide).sum((1, 2, 3)).max() == 2 * (32**2 - 30**2), "two pixels away from both borders"
+    flat = torch.ones(3, 7)
+    assert augmented(flat, torch.Generator()) is flat
 
 
 def test_amperes_server_stays_as_it_is_until_the_end() -> None:

@@ -94,19 +94,24 @@ def test_ampere_sends_each_sample_once_however_many_epochs(epochs: int, tmp_path
     assert up["weights"] == epochs * 2 * (BOTTOM + HEAD)
 
 
-def test_what_ampere_sends_is_of_an_epoch_of_its_own(tmp_path: Path) -> None:
-    """Augmented anew, that is: the epochs of training are 0 and 1."""
+def test_what_ampere_sends_is_of_images_as_they_are(tmp_path: Path) -> None:
+    """The epochs of training are 0 and 1; after them no other one is asked for."""
 
     class Asked(Batches):
-        asked: ClassVar[list[int]] = []
+        asked: ClassVar[list[object]] = []
 
         def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
             self.asked.append(number)
             return super().epoch(number)
 
+        def plain(self) -> Iterator[tuple[Tensor, Tensor]]:
+            self.asked.append("plain")
+            return super().plain()
+
     run = small_run(method="ampere", method_arg=("server_epochs=2",))
     federation(run, tmp_path, [Asked(run, seed=0, samples=20)])
-    assert Asked.asked == [0, 1, 2]
+    assert [asked for asked in Asked.asked if asked != "plain"] == [0, 1]
+    assert Asked.asked[-1] == "plain"
 
 
 def test_with_lambda_a_gradient_comes_down_for_every_third_batch(wire: Wire, tmp_path: Path) -> None:

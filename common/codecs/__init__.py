@@ -11,13 +11,13 @@ from dataclasses import replace
 
 from common.codecs.base import Codec, Encoded, Parcel, Sizes, Slot
 from common.codecs.floats import bf16, fp8, fp16, fp32
-from common.codecs.integers import int2, int4, int8
+from common.codecs.integers import int2, int3, int4, int8
 from common.codecs.sparse import randtopk, topk
 from common.codecs.zstd import compressed
 from common.errors import ConfigError
 
 CODECS: Mapping[str, Callable[..., Codec]] = {
-    maker.__name__: maker for maker in (fp32, fp16, bf16, fp8, int8, int4, int2, topk, randtopk)
+    maker.__name__: maker for maker in (fp32, fp16, bf16, fp8, int8, int4, int3, int2, topk, randtopk)
 }
 _ZSTD, _FEEDBACK = "+zstd", "+ef"
 

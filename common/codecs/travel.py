@@ -20,7 +20,7 @@ from common.errors import ConfigError
 KINDS = ("activations", "gradients")
 # What clients that choose may choose from, the largest first. No fp8 nor plain integers: int8+zstd is
 # smaller than the one and nearer than both; no topk: it needs more bytes than int2 for the same error.
-LADDER = ("fp32", "fp16", "int8+zstd", "int4+zstd", "int2+zstd")
+LADDER = ("fp32", "fp16", "int8+zstd", "int4+zstd", "int3+zstd", "int2+zstd")
 
 
 class Way(enum.IntEnum):

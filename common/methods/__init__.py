@@ -53,7 +53,10 @@ def build_method(run: Run) -> Method:
     for name, count in Counter(name for name, _ in settings).items():
         if count > 1:
             raise ConfigError(f"--method-arg {name}=...: given {count} times; say it once")
-    return _scheduled(run, make(**dict(settings)))
+    given = dict(settings)
+    if "augment" in arguments(make):
+        given.setdefault("augment", int(run.augment))
+    return _scheduled(run, make(**given))
 
 
 def _scheduled(run: Run, method: Method) -> Method:

@@ -41,6 +41,7 @@ CODEC_NAMES: Mapping[pb.Codec, str] = {
     pb.CODEC_FP8: "fp8",
     pb.CODEC_INT8: "int8",
     pb.CODEC_INT4: "int4",
+    pb.CODEC_INT3: "int3",
     pb.CODEC_INT2: "int2",
     pb.CODEC_TOPK: "topk",
     pb.CODEC_RANDTOPK: "randtopk",
@@ -134,8 +135,7 @@ def unpack_batch(first: Piece[Any], rest: Iterator[Piece[Any]], spec: BatchSpec)
     elif head.HasField("labels"):
         raise WireError(f"batch {head.sequence} has labels; in this run they stay with the client")
     parcel, labels = _unpack(first, rest, head.payload, shape, _chosen(head, spec.travel), labelled)
-    z = parcel.open()
-    _check_finite(f"activations of batch {head.sequence}", z)
+    z = _opened(f"activations of batch {head.sequence}", parcel)
     y = labels[0].long() if labels else torch.empty(0, dtype=torch.int64)
     if labels and int(y.max()) >= spec.classes:
         raise WireError(f"label {int(y.max())} in batch {head.sequence}: the run has {spec.classes} classes")
@@ -172,9 +172,8 @@ def unpack_gradient(
     if not head.HasField("gradient") and not first.size:
         return None, head.loss
     _expect("gradient", head.gradient, (torch.float32, shape))
-    gradient = _unpack(first, rest, head.payload, shape, spec.travel.gradients)[0].open()
-    _check_finite(f"the gradient of batch {sequence}", gradient)
-    return gradient, head.loss
+    parcel, _ = _unpack(first, rest, head.payload, shape, spec.travel.gradients)
+    return _opened(f"the gradient of batch {sequence}", parcel), head.loss
 
 
 def pack_output(
@@ -194,9 +193,8 @@ def unpack_output(
     head: pb.Output = _head(first, "output")
     _due("output", head.sequence, sequence)
     _expect("output", head.output, (torch.float32, shape))
-    output = _unpack(first, rest, head.payload, shape, spec.travel.activations)[0].open()
-    _check_finite(f"the output of batch {sequence}", output)
-    return output
+    parcel, _ = _unpack(first, rest, head.payload, shape, spec.travel.activations)
+    return _opened(f"the output of batch {sequence}", parcel)
 
 
 def pack_weights(kind: type[Head], head: pb.Weights, state: State) -> Iterator[Piece[Head]]:
@@ -294,6 +292,13 @@ def _unpack(
     codec.judge(shape, payload)  # before anything is allocated
     tensors = _assemble(first, rest, [*payload, *others])
     return Parcel(codec, Encoded(shape, tensors[: len(payload)])), tensors[len(payload) :]
+
+
+def _opened(name: str, parcel: Parcel) -> Tensor:
+    """What arrived. Raises WireError, that tells the name, unless it is finite."""
+    tensor = parcel.encoded.tensors[0] if _is_plain(parcel.codec) else parcel.open()
+    _check_finite(name, tensor)
+    return tensor
 
 
 def _chosen(head: pb.Batch, travel: Travel) -> Codec:

@@ -24,6 +24,7 @@ class Codec(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     CODEC_FP8: _ClassVar[Codec]
     CODEC_INT8: _ClassVar[Codec]
     CODEC_INT4: _ClassVar[Codec]
+    CODEC_INT3: _ClassVar[Codec]
     CODEC_INT2: _ClassVar[Codec]
     CODEC_TOPK: _ClassVar[Codec]
     CODEC_RANDTOPK: _ClassVar[Codec]
@@ -50,6 +51,7 @@ CODEC_BF16: Codec
 CODEC_FP8: Codec
 CODEC_INT8: Codec
 CODEC_INT4: Codec
+CODEC_INT3: Codec
 CODEC_INT2: Codec
 CODEC_TOPK: Codec
 CODEC_RANDTOPK: Codec
