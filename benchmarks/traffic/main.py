@@ -1,6 +1,6 @@
 """Bytes against accuracy: CSL and DSL with codecs, sent seldom, late, or once.
 
-2,000 training images of CIFAR-10, all 10,000 test images, ResNet-20, batch 128, 30 epochs, crops and
+1,000 training and 5,000 test images of CIFAR-10, ResNet-20, batch 128, 30 epochs, crops and
 flips, several seeds; cut at m and at d with one client, and at m with three clients whose shares are dealt
 by dirichlet:0.3. Every run is a server and its clients, each a process of its own; bytes are those that the
 meter counted while training: all kinds but `evaluation`, framing included, up and down.
@@ -38,7 +38,8 @@ COMMON: dict[str, Setting] = {
     "model": "resnet20",
     "head": "strided",  # the best of benchmarks/accuracy
     "epochs": 30,
-    "train_limit": 2000,
+    "train_limit": 1000,
+    "test_limit": 5000,
     "eval_every": 0,
     "fixed_order": True,  # so that a run repeats
 }
@@ -78,14 +79,20 @@ ROWS: dict[str, dict[str, Setting]] = {
         "replay": "64MB",
         "reuse": 6,
     },
-    "DSL, 1/100 budget": {"method": "dsl", "budget": "78MB"},
-    "once": ONCE,
+    "DSL, budget 1/100": {"method": "dsl", "budget": "39MB"},
     "once int4": {**ONCE, "codec": "activations=int4+zstd"},
     "once int3": {**ONCE, "codec": "activations=int3+zstd"},
     "once int2": {**ONCE, "codec": "activations=int2+zstd"},
 }
-KEY_ROWS = ("CSL", "DSL", "DSL int4", "DSL int3", "once int4", "once int3")
-AT: dict[str, Sequence[str]] = {"m": tuple(ROWS), "d": KEY_ROWS, "3 non-IID": KEY_ROWS}
+KEY_ROWS = ("CSL", "DSL", "DSL int4", "once int4", "once int3")
+AT: dict[str, Sequence[str]] = {
+    "m": tuple(ROWS),
+    "d": (
+        *("CSL", "CSL int4, int8", "DSL", "DSL int8", "DSL int4", "DSL int3", "DSL int2"),
+        *("DSL int4, 1 in 4, replay", "DSL int4, last 5, replay", "once int4", "once int3", "once int2"),
+    ),
+    "3 non-IID": KEY_ROWS,
+}
 
 
 @dataclass(frozen=True)
