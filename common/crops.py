@@ -1,4 +1,4 @@
-"""Crops and flips: of images at the client, of their activations at a server that got them once."""
+"""Crops and flips: of images at the client, of activations at a server that learns from them again."""
 
 import torch
 import torch.nn.functional as F
@@ -21,3 +21,13 @@ def crop_and_flip(images: Tensor, margin: int, generator: Generator) -> Tensor:
     rows = rows[:, None, :, None].expand(-1, channels, -1, padded.shape[3])
     columns = columns[:, None, None, :].expand(-1, channels, height, -1)
     return padded.gather(2, rows).gather(3, columns)
+
+
+def augmented(z: Tensor, generator: Generator) -> Tensor:
+    """Nearly the activations z (B, C, H, W) of augmented images: a convolution of a moved image is the moved
+    convolution. The margin is a sixteenth of the width, half of the images' own, since a border of zeros is
+    stranger to the layers above than to the first one. Of other shapes: z itself.
+    """
+    if z.dim() != 4:
+        return z
+    return crop_and_flip(z, max(1, z.shape[3] // 16), generator)

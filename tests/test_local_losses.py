@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.crops import crop_and_flip
-from common.methods.ampere import augmented
+from common.crops import augmented, crop_and_flip
 from common.run import Run
 from tests.federation import Batches
 from tests.plain import (

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Tensor
 
-from common.crops import crop_and_flip
+from common.crops import augmented
 from common.errors import ConfigError
 from common.methods.base import Answer, ClientPart, Method, Pace, Received, ServerPart, Smashed, Step
 from common.methods.dsl import client_step
@@ -81,14 +81,6 @@ class _Server:
                 seen = augmented(z[some], part.generator) if self._augment else z[some]
                 losses.append(_step(part, seen.to(device), y[some].to(device)))
         return Answer(torch.stack(losses).mean(), replayed=(self._epochs - 1) * len(y))
-
-
-def augmented(z: Tensor, generator: Generator) -> Tensor:
-    """z (B, C, H, W) of augmented images, nearly: each sample cropped out of a margin of a sixteenth, and
-    half of them flipped left to right. Of other shapes: z itself."""
-    if z.dim() != 4:
-        return z
-    return crop_and_flip(z, max(1, z.shape[3] // 16), generator)
 
 
 def _step(part: ServerPart, z: Tensor, y: Tensor) -> Tensor:

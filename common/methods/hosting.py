@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.crops import augmented
 from common.methods.base import Answer, Method, Received, ServerPart
 from common.methods.replay import Replay, Shelf
 from common.optim import learning_rate, set_learning_rate, sgd
@@ -55,11 +56,14 @@ class Hosting:
         return bool(self._replay)
 
     def replay(self, progress: float | None = None) -> Answer:
-        """One more step, on a batch that is kept; at this progress, else at that of the last batch."""
+        """One more step, on a batch that is kept, augmented anew where the run augments; at this progress,
+        else at that of the last batch."""
         assert self._replay is not None, "something is left"
-        batch = self._replay.take()
-        self._pace(self.parts[0], self._latest if progress is None else progress)
-        return replace(self._method.server_step(self.parts[0], [batch]), replayed=len(batch.z))
+        part, batch = self.parts[0], self._replay.take()
+        if self._run.augment:
+            batch = replace(batch, z=augmented(batch.z, part.generator))
+        self._pace(part, self._latest if progress is None else progress)
+        return replace(self._method.server_step(part, [batch]), replayed=len(batch.z))
 
     def end_round(self) -> Answer | None:
         """What the method does when every client's batches have come.
