@@ -126,21 +126,22 @@ class Run:
     int8, int4, int3, int2, topk:K, randtopk:K, each also with +zstd (compressed) and +ef (error feedback:
     what coding takes away is added to the next tensor). Default: fp32, as they are."""
     send_every: int = 0
-    """Of methods that send one way: batches from one that is sent to the next; 0: as the method has it."""
+    """One-way methods: batches from one that is sent to the next; 0: as the method has it."""
     send_last_epochs: int = 0
-    """Likewise: send in so many of the last epochs only, when features are ready; 0: in every epoch."""
+    """One-way methods: send in so many of the last epochs only, when features are ready; 0: in every epoch."""
     replay: str = ""
-    """Likewise: the server keeps what it receives, as it came, up to so many bytes (such as 500MB), and
-    learns from it again: when nothing else waits, and before anything is scored."""
+    """One-way methods: the server keeps what it receives, as it came, up to so many bytes (such as 500MB),
+    and learns from it again: when nothing else waits, and before anything is scored."""
     reuse: int = 4
     """With --replay: how often the server learns from a batch at most, the first time included."""
     replay_on: Store = "memory"
     """Where it is kept: memory, or disk (in the run's folder)."""
     link: Link = "fixed"
-    """Likewise: auto lets each client choose codec and sending rate so that it never waits for the link."""
+    """One-way methods: auto lets each client choose codec and sending rate so that it never waits for the
+    link."""
     budget: str = ""
-    """Likewise: bytes that all clients together may send to train on (such as 500MB): they choose codec and
-    epochs so that it is spent late, when features are ready."""
+    """One-way methods: bytes that all clients together may send to train on (such as 500MB): they choose
+    codec and epochs so that it is spent late, when features are ready."""
     outbox: int = 2
     """Batches that may wait at a client to be sent."""
     inbox: int = 2

@@ -192,18 +192,18 @@ class Segment:
         most: bytes. Where there is such a limit the batch is encoded at once; if it would take more it is
         skipped, and that takes 0.
         """
-        with self._clock("wait"):
-            if most is None:
-                self._stream.put(self._next(batch, choice))
-                return 0
+        if most is None:
+            self._put(self._next(batch, choice))
+            return 0
+        with self._clock("encode"):
             pieces = list(self._next(batch, choice))
-            size = sum(map(serialized_size, pieces))
-            if size > most:  # so are the skips that it would have taken along
-                self._skips = [piece for piece in pieces if piece.head.WhichOneof("head") == "skipped"]
-                self._skips.append(self._skipped(batch))
-                return 0
-            self._stream.put(iter(pieces))
-            return size
+        size = sum(map(serialized_size, pieces))
+        if size > most:  # so are the skips that it would have taken along
+            self._skips = [piece for piece in pieces if piece.head.WhichOneof("head") == "skipped"]
+            self._skips.append(self._skipped(batch))
+            return 0
+        self._put(iter(pieces))
+        return size
 
     def skip(self, batch: Smashed) -> None:
         """Does not send this batch, and waits for nothing: the server is told with the next one."""
@@ -213,8 +213,7 @@ class Segment:
     def finish(self) -> None:
         """Ends the segment; does not wait for its receipt."""
         if self._skips:
-            with self._clock("wait"):
-                self._stream.put(iter(self._skips))
+            self._put(iter(self._skips))
         self._stream.finish()
 
     def fail(self, reason: SplitLearningError) -> None:
@@ -228,6 +227,10 @@ class Segment:
             else:
                 for _ in self._stream.call:
                     raise WireError("the server answered a batch that was not sent")
+
+    def _put(self, pieces: Pieces) -> None:
+        with self._clock("wait"):
+            self._stream.put(pieces)
 
     def _next(self, batch: Smashed, choice: str = "") -> Pieces:
         self._sequence, self._shape = self._sequence + 1, tuple(batch.z.shape)
