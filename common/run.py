@@ -128,7 +128,7 @@ class Run:
     send_every: int = 0
     """One-way methods: batches from one that is sent to the next; 0: as the method has it."""
     send_last_epochs: int = 0
-    """One-way methods: send in so many of the last epochs only, when features are ready; 0: in every epoch."""
+    """One-way methods: send only in so many of the last epochs, when features are ready; 0: in all."""
     replay: str = ""
     """One-way methods: the server keeps what it receives, as it came, up to so many bytes (such as 500MB),
     and learns from it again: when nothing else waits, and before anything is scored."""
