@@ -67,7 +67,7 @@ def test_the_dice_of_a_tensor_are_its_own_and_repeat() -> None:
     z, travel = batch().z, INT4.travel
 
     def packed(way: Way = Way.BATCH, client: int = 0, sequence: int = 1, by: Travel = travel) -> bytes:
-        return by.encode(way, z, client, sequence).tensors[-1].numpy().tobytes()
+        return by.encode(way, z, client, sequence).encoded.tensors[-1].numpy().tobytes()
 
     other_seed = Travel.of(["activations=int4"], seed=2)
     thrown = [packed(), packed(client=1), packed(sequence=2), packed(Way.EXAM), packed(by=other_seed)]
