@@ -264,11 +264,12 @@ def bytes_of(flag: str, size: str) -> int:
     """The bytes of a size such as 500MB, 1.5GB, 64MiB; 0 of none. Raises ConfigError, naming the flag."""
     if not size:
         return 0
-    match = re.fullmatch(r"([0-9]+(?:[.][0-9]+)?) ?([kMGT]?)(i?)B", size)
+    match = re.fullmatch(r"([0-9]{1,15}(?:[.][0-9]{1,15})?) ?(?:([kMGT])(i?))?B", size)
     if match is None:
         raise ConfigError(f"{flag} {size[:40]!r} is not a size; say it as 500MB, 1.5GB or 64MiB")
     number, prefix, binary = match.groups()
-    total = int(float(number) * (1024 if binary else 1000) ** " kMGT".index(prefix or " "))
+    unit: int = (1024 if binary else 1000) ** " kMGT".index(prefix or " ")
+    total = round(float(number) * unit)
     if not 1 <= total < 2**62:
         raise ConfigError(f"{flag} {size[:40]!r}: choose from 1B to 1000TB")
     return total

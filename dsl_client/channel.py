@@ -24,7 +24,7 @@ class Channel(Generic[T]):
     def full(self) -> bool:
         """Whether `put` would wait now."""
         with self._changed:
-            return len(self._items) >= self._depth
+            return not self._closed and len(self._items) >= self._depth
 
     def put(self, item: T) -> None:
         """Adds an item; waits while the channel is full. Raises why it was closed once it is."""

@@ -70,7 +70,7 @@ class Connection:
         first_epoch: int = 0,
     ) -> Segment:
         """Opens a segment. Waits for the receipt of the one before the last, and for no other."""
-        self._check_open()
+        self.check_open()
         while len(self._segments) > 1:
             self._segments.pop(0).receipt()
         opening = pb.Segment(
@@ -90,7 +90,7 @@ class Connection:
 
     def evaluation(self, epoch: int, after_sequence: int, spec: BatchSpec, depth: int) -> Examination:
         """Opens an evaluation of the network as it is after this client's batch of that number."""
-        self._check_open()
+        self.check_open()
         opening = pb.Evaluation(session=self._session, epoch=epoch, after_sequence=after_sequence)
         self._examination = Examination(
             self._calls[rpc.EVALUATE], opening, self._client, spec, depth, self._clock, self.flow
@@ -103,7 +103,7 @@ class Connection:
         self, purpose: pb.SyncPurpose, epoch: int, state: State, samples: int, specs: dict[str, Spec]
     ) -> State:
         """Gives a part, or none, and gets one, or none: see SyncPurpose. Waits for the other clients."""
-        self._check_open()
+        self.check_open()
         head = pb.Weights(session=self._session, epoch=epoch, purpose=purpose, samples=samples)
         with telling(), self._clock("wait"):
             responses = self._calls[rpc.SYNC_WEIGHTS](codec.pack_weights(pb.SyncWeightsRequest, head, state))
@@ -150,7 +150,8 @@ class Connection:
                     "port open? --patience waits longer"
                 )
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raises why the membership is over, if it is."""
         if self._over:
             raise self._over
 

@@ -9,12 +9,13 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from common.codecs.travel import LADDER, Travel, Way
-from common.methods.base import Sent, Smashed
+from common.methods.base import Method, Sent, Smashed
 from common.run import Run
 from dsl_client.stream import Flow, Segment
 
@@ -63,67 +64,96 @@ class Weights:
             self._bytes[name] = parcel.size / len(batch.z)
 
 
+@dataclass
+class _Window:
+    """What came to pass within epochs since the last look at the link; what lies between them is not its
+    matter."""
+
+    batches: int = 0
+    samples: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    bytes: int = 0  # that the link took
+    sending: float = 0.0  # seconds that it took for them
+
+
 class Adaptive:
     """Never waits: where the outbox is full a batch is skipped. Looks at the link every few batches.
 
     A link that was too slow has shown its rate: the finest codec is taken that asks for four fifths of it,
     and held. One that was fast enough has not, since what it takes at once may lie in buffers: when the hold
-    is over the next finer codec is tried. If that was too much, the next hold is twice as long.
+    is over the next finer codec is tried. If that was too much, the hold before it is tried again is twice
+    as long; if it did for as long, half as long.
     """
 
-    def __init__(self, weights: Weights, flow: Flow, tell: Tell) -> None:
-        self._weights, self._flow, self._tell = weights, flow, tell
+    def __init__(self, weights: Weights, flow: Flow, tell: Tell, first_epoch: int = 0) -> None:
+        self._weights, self._flow, self._tell, self._first_epoch = weights, flow, tell, first_epoch
         self._rung = LADDER.index(_USUAL)
-        self._hold, self._held = 1, 0  # windows
+        self._holds = [1] * len(
+            LADDER
+        )  # windows that the next coarser codec is held before this one is tried
+        self._held, self._settling = 0, False
         self.counts = Counter[str]()
-        self._since, self._flowed = 0.0, (0, 0.0)
-        self._batches = self._samples = self._skipped = 0  # of this window
+        self._window = _Window()
+        self._latest = self._now()
 
     @property
     def choice(self) -> str:
         return LADDER[self._rung]
 
     def begin(self, epoch: int, samples: int) -> int:
-        self._open_window()  # what lies between epochs is not the link's matter
-        return 0
+        self._latest = self._now()
+        return self._first_epoch
 
     def over(self, segment: Segment) -> Wire:
         def wire(batch: Sent) -> None:
             assert isinstance(batch, Smashed), "nothing comes back"
             if segment.full:
                 segment.skip(batch)
-                self._skipped += 1
+                self._window.skipped += 1
                 self.counts[SKIPPED] += 1
             else:
                 segment.send(batch, self.choice)
                 self.counts[self.choice] += 1
-            self._batches, self._samples = self._batches + 1, self._samples + len(batch.z)
-            if self._batches == _WINDOW:
-                self._look(batch)
+            self._count(len(batch.z))
+            if self._window.batches >= _WINDOW and self._window.bytes:  # else it has shown nothing
+                window, self._window = self._window, _Window()
+                self._look(window, batch)
 
         return wire
 
-    def _open_window(self) -> None:
-        self._since, self._flowed = time.perf_counter(), (self._flow.bytes, self._flow.seconds)
-        self._batches = self._samples = self._skipped = 0
+    def _now(self) -> tuple[float, int, float]:
+        return time.perf_counter(), self._flow.bytes, self._flow.seconds
 
-    def _look(self, batch: Smashed) -> None:
-        elapsed = time.perf_counter() - self._since
-        sent, sending = self._flow.bytes - self._flowed[0], self._flow.seconds - self._flowed[1]
-        self._held += 1
-        if self._skipped or sending > _SATURATED * elapsed:
+    def _count(self, samples: int) -> None:
+        before, self._latest = self._latest, self._now()
+        seconds, taken, sending = (now - then for now, then in zip(self._latest, before, strict=True))
+        window = self._window
+        window.batches, window.samples = window.batches + 1, window.samples + samples
+        window.seconds, window.sending = window.seconds + seconds, window.sending + sending
+        window.bytes += int(taken)
+
+    def _look(self, window: _Window, batch: Smashed) -> None:
+        if self._settling:  # what came before the step down was still on its way
+            self._settling = False
+        elif window.skipped or window.sending > _SATURATED * window.seconds:
             self._weights.weigh(batch)
-            self._slow_down(_SHARE * sent / elapsed, self._samples / elapsed)
-        elif self._held >= self._hold and self._rung > 0:
-            self._take(self._rung - 1, "room for more")
-        self._open_window()
+            self._slow_down(window)
+        else:
+            self._held += 1
+            if self._held == self._holds[self._rung]:
+                self._holds[self._rung] = max(1, self._held // 2)
+            if self._rung > 0 and self._held >= self._holds[self._rung - 1]:
+                self._take(self._rung - 1, "room for more")
 
-    def _slow_down(self, rate: float, samples: float) -> None:
-        """To what asks for no more than this rate, in bytes per second, at so many samples per second."""
-        fitting = [r for r, name in enumerate(LADDER) if samples * self._weights[name] <= rate]
-        last = len(LADDER) - 1
-        self._hold, self._held = min(2 * self._hold, _LONGEST_HOLD), 0
-        self._take(max(self._rung, min(fitting, default=last)), f"{rate / _SHARE / 1e6:.2f} MB/s go through")
+    def _slow_down(self, window: _Window) -> None:
+        """To what asks for no more than a share of the rate, at so many samples in the same time."""
+        most = _SHARE * window.bytes
+        fitting = [r for r, name in enumerate(LADDER) if window.samples * self._weights[name] <= most]
+        self._held, self._settling = 0, True
+        self._holds[self._rung] = min(2 * self._holds[self._rung], _LONGEST_HOLD)
+        rung = max(self._rung, min(fitting, default=len(LADDER) - 1))
+        self._take(rung, f"{window.bytes / max(window.seconds, 1e-9) / 1e6:.2f} MB/s go through")
 
     def _take(self, rung: int, why: str) -> None:
         if rung != self._rung:
@@ -194,8 +224,8 @@ class Thrifty:
         return wire
 
 
-def pace_of(run: Run, weights: Weights, flow: Flow, tell: Tell) -> Pace | None:
+def pace_of(run: Run, method: Method, weights: Weights, flow: Flow, tell: Tell) -> Pace | None:
     """None where the run says what is sent."""
     if run.budget:
         return Thrifty(weights, run.budget_bytes // run.clients, run.epochs, tell)
-    return Adaptive(weights, flow, tell) if run.link == "auto" else None
+    return Adaptive(weights, flow, tell, method.first_epoch) if run.link == "auto" else None

@@ -56,7 +56,7 @@ class Trainer:
         on_choice: Callable[[str], None] = lambda _: None,
     ) -> None:
         weights = Weights(spec.travel, client, spec.cut_shape)
-        self.pace = pace_of(run, weights, connection.flow, on_choice)
+        self.pace = pace_of(run, method, weights, connection.flow, on_choice)
         self._run, self._client, self._method, self._part = run, client, method, part
         self._connection, self._spec, self._clock = connection, spec, clock
         self._sequence = 0
@@ -71,6 +71,7 @@ class Trainer:
         """All epochs. Raises ClosedError, with the reason, when the run ends before."""
         for epoch in range(self._run.epochs):
             last = epoch == self._run.epochs - 1
+            self._connection.check_open()  # where nothing is sent yet, nothing else would tell
             self._take_turn(epoch)
             with self._clock("train"):
                 loss = self._epoch(epoch, data, on_step)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from common.codecs import Encoded, Parcel
@@ -22,15 +23,15 @@ class DiskShelf(Shelf):
         try:
             self._folder.mkdir(exist_ok=True)
             save_file(tensors, file)
-        except OSError as error:
-            raise StepError(f"--replay-on disk: {file} cannot be written: {error.strerror}") from error
+        except (OSError, SafetensorError) as error:
+            raise StepError(f"--replay-on disk: {file} cannot be written: {error}") from error
         codec, shape, device = parcel.codec, parcel.encoded.shape, tensors["0"].device
 
         def get() -> Parcel:
             try:
                 lying = load_file(file, device=str(device))
-            except OSError as error:
-                raise StepError(f"--replay-on disk: {file} cannot be read: {error.strerror}") from error
+            except (OSError, SafetensorError) as error:
+                raise StepError(f"--replay-on disk: {file} cannot be read: {error}") from error
             return Parcel(codec, Encoded(shape, [lying[str(index)] for index in range(len(lying))]))
 
         return get

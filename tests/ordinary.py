@@ -50,15 +50,23 @@ def channel_to(server: Server, credentials: Credentials | None = None) -> grpc.C
 
 
 class Ordinary:
-    """A member of the run. `sequence`: the number of its last batch that the server has."""
+    """A member of the run. `sequence`: the number of its last batch that the server has.
+
+    codecs: those that it knows; all, where none are given.
+    """
 
     def __init__(
-        self, server: Server, name: str = "ordinary", credentials: Credentials | None = None
+        self,
+        server: Server,
+        name: str = "ordinary",
+        credentials: Credentials | None = None,
+        codecs: Sequence[Any] | None = None,
     ) -> None:
         self.run, self.sequence = server.run, 0
         self.channel = channel_to(server, credentials)
         self.stub: Any = SplitLearningServiceStub(self.channel)  # type: ignore[no-untyped-call]
-        request = pb.JoinRequest(oldest_version=1, newest_version=1, name=name)
+        known: Any = pb.Codec.values() if codecs is None else codecs
+        request = pb.JoinRequest(oldest_version=1, newest_version=1, name=name, codecs=known)
         self.membership = self.stub.Join(request)
         self.welcome: pb.Welcome = next(self.membership).welcome
         self.session = self.welcome.session

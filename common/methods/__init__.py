@@ -108,8 +108,8 @@ def _check_schedule(run: Run, method: Method) -> None:
     ) if said]  # fmt: skip
     if given and not method.streams:
         raise ConfigError(
-            f"{given[0]}: only for methods that send one way and learn from each batch on its own, dsl and "
-            f"cse-fsl; {run.method} does not"
+            f"{given[0]}: only for methods that send one way and learn from each batch on its own: cse-fsl, "
+            f"and dsl without lambda_; {' '.join([run.method, *run.method_arg])} does not"
         )
     if run.send_last_epochs > run.epochs:
         raise ConfigError(f"--send-last-epochs {run.send_last_epochs} is above --epochs {run.epochs}")

@@ -183,7 +183,8 @@ class Method:
     def streams(self) -> bool:
         """Whether batches go one way from beginning to end, each learned from on its own."""
         whole_time = self.send_every > 0 and self.round_step is None and self.new_head is None
-        return self.one_way and whole_time and self.gather is Gather.EACH and not self.copies
+        labels = self.tail is Tail.NONE  # they travel along
+        return self.one_way and whole_time and labels and self.gather is Gather.EACH and not self.copies
 
     def sent(self, epoch: int, batches: int) -> range:
         """Which of this epoch's batches are sent, from 0."""

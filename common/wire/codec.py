@@ -248,10 +248,12 @@ def _pack(
 ) -> Iterator[Piece[Head]]:
     """A frame of the tensor, encoded, and the others as they are.
 
-    On a GPU it is encoded at once, so that what crosses to the host is small; else by whoever pulls
-    the pieces, beside the thread that computes.
+    On a GPU it is encoded at once, so that what crosses to the host is small; and with error feedback, so
+    that batches are in their order; else by whoever pulls the pieces, beside the thread that computes.
     """
-    early = None if tensor.device.type == "cpu" else _encode(head, tensor, travels)
+    travel, way, *_, choice = travels
+    at_once = tensor.device.type != "cpu" or travel.codec(way, choice).feedback
+    early = _encode(head, tensor, travels) if at_once else None
 
     def pieces() -> Iterator[Piece[Head]]:
         payload = early or _encode(head, tensor, travels)
