@@ -85,6 +85,8 @@ class Run:
     sync: Sync = "auto"
     """The clients' parts: none (each its own), average (each epoch), relay (one part, in turn).
     auto: as the method has it, none where it does not say."""
+    sync_every: int = 1
+    """Epochs from one average of the clients' parts to the next; there is one at the end in any case."""
     data: str = "sample"
     """sample, fashion-mnist, cifar10, cifar100, npz:FILE or folder:DIR. Only clients read it."""
     partition: str = "iid"
@@ -184,6 +186,11 @@ class Run:
     def budget_bytes(self) -> int:
         return bytes_of("--budget", self.budget)
 
+    def averages(self, epoch: int) -> bool:
+        """Whether the clients' parts are averaged after this epoch, counted from 0."""
+        due = (epoch + 1) % self.sync_every == 0 or epoch == self.epochs - 1
+        return self.sync == "average" and due
+
     def evaluates(self, epoch: int) -> bool:
         """Whether the test set is scored after this epoch, counted from 0."""
         last = epoch == self.epochs - 1
@@ -246,6 +253,7 @@ _LEAST = {
     "outbox": 1,
     "inbox": 1,
     "quorum": 0,
+    "sync_every": 1,
     "send_every": 0,
     "send_last_epochs": 0,
     "reuse": 2,

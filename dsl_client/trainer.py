@@ -60,6 +60,7 @@ class Trainer:
         self._run, self._client, self._method, self._part = run, client, method, part
         self._connection, self._spec, self._clock = connection, spec, clock
         self._sequence = 0
+        self._averaged = 0  # epochs that the last average was of
 
     def train(
         self,
@@ -77,7 +78,7 @@ class Trainer:
                 loss = self._epoch(epoch, data, on_step)
                 if last:
                     self._connection.settle()  # so that this time includes the server's
-            self._average(epoch, data.samples)
+            self._average(epoch, data.samples * (epoch + 1 - self._averaged))
             self._renew_head(epoch)
             if last and self._method.afterwards:
                 with self._clock("train"):
@@ -166,10 +167,12 @@ class Trainer:
         return self._run.sync != "relay" or self._client == self._run.clients - 1
 
     def _average(self, epoch: int, samples: int) -> None:
-        if self._run.sync == "average":
+        """samples: that the part was trained on since the last average."""
+        if self._run.averages(epoch):
             state = averaged_state(self._part, self._method)
             purpose = pb.SYNC_PURPOSE_AVERAGE
             load_state(self._part, self._connection.sync(purpose, epoch, state, samples, specs(state)))
+            self._averaged = epoch + 1
 
     def _renew_head(self, epoch: int) -> None:
         """Takes the head that the server has made for this client, when one is due."""

@@ -59,7 +59,7 @@ def federate(
             simulate(method, clients, server, ticks(run, method, data, epoch), run, travel)
             if method.sent(epoch, 1):
                 server.end_round()
-        if run.sync == "average":
+        if run.averages(epoch):
             mean = average([averaged_state(part, method) for part in clients], [d.samples for d in data])
             for part in clients:
                 load_state(part, mean)

@@ -179,12 +179,14 @@ class Rounds:
             raise WireError(f"{member}: a part trained on {samples} samples has no weight in an average")
         with self._changed:
             self._check_open(member)
-            if epoch != self._averages_made or member.client in self._parts:
-                raise WireError(f"{member}: the average of epoch {self._averages_made} is due, not {epoch}")
+            number, due = epoch // self._run.sync_every, self._averages_made  # of averages before this one
+            if number != due or not self._run.averages(epoch) or member.client in self._parts:
+                last = min((due + 1) * self._run.sync_every, self._run.epochs) - 1
+                raise WireError(f"{member}: the average of epoch {last} is due, not {epoch}")
             self._parts[member.client] = (part, samples)
             self._changed.notify_all()
-            self._wait_for(lambda: self._averages_made > epoch or self._all_given(), member)
-            if self._averages_made == epoch:  # the first to wake makes it for all
+            self._wait_for(lambda: self._averages_made > number or self._all_given(), member)
+            if self._averages_made == number:  # the first to wake makes it for all
                 ordered = [self._parts[client] for client in sorted(self._parts)]
                 self._average = average([p for p, _ in ordered], [n for _, n in ordered])
                 self._parts.clear()

@@ -128,7 +128,7 @@ def test_settings_reach_the_method() -> None:
     ],
 )
 def test_sync_is_as_the_method_has_it(method: str, sync: Sync) -> None:
-    run = small_run(method=method)
+    run = small_run(method=method, clients=2)
     assert settled(run) == replace(run, sync=sync)
     assert settled(settled(run)) == settled(run)
 
@@ -136,13 +136,21 @@ def test_sync_is_as_the_method_has_it(method: str, sync: Sync) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("sync", ["none", "average", "relay"])
 def test_another_sync_is_refused_where_the_method_says_it(method: str, sync: Sync) -> None:
-    run = small_run(method=method, sync=sync)
+    run = small_run(method=method, sync=sync, clients=2)
     needed = build_method(run).sync
     if needed in (None, sync):
         assert settled(run) == run
     else:
         with pytest.raises(ConfigError, match=f"--sync {sync}: {method} needs {needed}; leave the flag out"):
             settled(run)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_of_one_client_alone_nothing_is_averaged(method: str) -> None:
+    """But where the average is all that the server is told."""
+    run = settled(small_run(method=method))
+    assert run.sync == ("average" if method == "fedavg" else "none")
+    assert settled(run) == run
 
 
 # ---------------------------------------------------------------- one and the same

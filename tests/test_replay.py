@@ -17,6 +17,7 @@ from torch import Tensor
 
 from common.codecs import Encoded, Parcel, parse
 from common.codecs.floats import fp32
+from common.crops import augmented
 from common.errors import StepError
 from common.methods import build_method
 from common.methods.base import Answer, Received, ServerPart
@@ -318,7 +319,7 @@ def test_without_the_flag_nothing_is_learned_again(tmp_path: Path) -> None:
 
 
 def test_a_step_on_what_is_kept_is_the_step_that_was_made_of_it() -> None:
-    run = small_run(replay="1MB", reuse=2)
+    run = small_run(replay="1MB", reuse=2, augment=False)
     method = build_method(run)
     part = server_part(run, method, build(run), CPU)
     hosting, seen = Hosting(run, method, part), list[Tensor]()
@@ -328,3 +329,17 @@ def test_a_step_on_what_is_kept_is_the_step_that_was_made_of_it() -> None:
     hosting.step([Received(made.z, made.y, 0, 0.0, wanted=False, parcel=parcel)])
     hosting.replay()
     assert torch.equal(*seen)
+
+
+def test_where_the_run_augments_so_is_what_is_learned_again() -> None:
+    run = small_run(replay="1MB", reuse=3)
+    method = build_method(run)
+    part = server_part(run, method, build(run), CPU)
+    hosting, seen = Hosting(run, method, part), list[Tensor]()
+    part.top.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
+    made, dice = smashed(run), torch.Generator().manual_seed(run.seed)
+    parcel = Parcel(fp32(), Encoded(tuple(made.z.shape), [made.z]))
+    hosting.step([Received(made.z, made.y, 0, 0.0, wanted=False, parcel=parcel)])
+    hosting.replay()
+    hosting.replay()
+    assert all(map(torch.equal, seen, [made.z, augmented(made.z, dice), augmented(made.z, dice)]))

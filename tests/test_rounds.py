@@ -442,3 +442,15 @@ def test_a_loss_that_races_with_the_last_part_leaves_no_one_waiting(attempt: int
             given.append(in_thread(rounds.average, members[2], epoch, part(2.0), 1))
         for each in given:
             assert each.result(timeout=5)["w"][0] == 2.0
+
+
+def test_of_every_second_epoch_an_average_is_due_and_of_the_last() -> None:
+    rounds = rounds_of(1, sync="average", sync_every=2, epochs=5)
+    member = rounds.join("one")
+    for epoch in (0, 2):
+        with pytest.raises(WireError, match="the average of epoch 1 is due, not"):
+            rounds.average(member, epoch, part(1.0), 1)
+    for epoch in (1, 3, 4):
+        rounds.average(member, epoch, part(1.0), 1)
+    with pytest.raises(WireError):
+        rounds.average(member, 4, part(1.0), 1)

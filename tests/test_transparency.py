@@ -54,6 +54,7 @@ SETTINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("dsl", {"send_every": 2, "send_last_epochs": 2}),
     ("dsl", {"replay": "1MB", "reuse": 3, "codec": ("activations=int4+zstd",)}),
     ("cse-fsl", {"replay": "20kB", "reuse": 2, "replay_on": "disk"}),
+    ("dsl", {"sync_every": 2}),
 )
 
 
@@ -62,7 +63,13 @@ def runs() -> Iterator[Run]:
     for name, settings in [*((name, {}) for name in METHODS), *SETTINGS]:
         needed = build_method(small_run(method=name)).sync
         in_rounds = ["none", "average"]  # a relay has none, at whose ends one would learn again
-        for sync in [needed] if needed else in_rounds if "replay" in settings else [*in_rounds, "relay"]:
+        for sync in (
+            [needed]
+            if needed
+            else in_rounds
+            if {"replay", "sync_every"} & set(settings)
+            else [*in_rounds, "relay"]
+        ):
             for clients in (1, 3):
                 alike = {"fixed_order": True, "epochs": 3}
                 yield small_run(method=name, clients=clients, sync=sync, **alike, **settings)
@@ -71,7 +78,7 @@ def runs() -> Iterator[Run]:
 def name_of(run: Run) -> str:
     modules = f"{run.client_modules}x{run.server_modules}" if run.client_modules > 1 else ""
     seldom = f"every{run.send_every}-last{run.send_last_epochs}" if run.send_every else ""
-    again = f"replay{run.replay}" if run.replay else ""
+    again = f"replay{run.replay}" if run.replay else f"sync{run.sync_every}" if run.sync_every > 1 else ""
     facts = [run.method, run.sync, str(run.clients), *run.method_arg, *run.codec, modules, seldom, again]
     return "-".join([*filter(None, facts), *({run.head} - {"gap"})])
 

@@ -94,6 +94,17 @@ def test_ampere_sends_each_sample_once_however_many_epochs(epochs: int, tmp_path
     assert up["weights"] == epochs * 2 * (BOTTOM + HEAD)
 
 
+def test_parts_are_averaged_every_so_many_epochs_and_at_the_end(tmp_path: Path) -> None:
+    up, _ = travelled(two("dsl", sync="average", sync_every=2, epochs=5), tmp_path)
+    assert up["weights"] == 3 * 2 * (BOTTOM + HEAD), "after epochs 2, 4 and 5"
+
+
+def test_one_client_alone_sends_no_weights_to_be_averaged(tmp_path: Path) -> None:
+    run = small_run(method="ampere", method_arg=("server_epochs=2",))
+    _, _, summary = federation(run, tmp_path, [Batches(run, seed=0, samples=20)])
+    assert summary["wire"]["up"]["weights"] == summary["wire"]["down"]["weights"] == 0
+
+
 def test_what_ampere_sends_is_of_images_as_they_are(tmp_path: Path) -> None:
     """The epochs of training are 0 and 1; after them no other one is asked for."""
 

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 from common.codecs.travel import Travel
 from common.errors import ConfigError
 from common.methods.ampere import ampere
-from common.methods.base import Method
+from common.methods.base import Method, Tail
 from common.methods.cse_fsl import cse_fsl
 from common.methods.csl import csl
 from common.methods.cyclesl import cyclesl
@@ -78,9 +78,19 @@ def settled(run: Run) -> Run:
         )
     if run.head == "infopro" and run.server_modules > 1:
         raise ConfigError("--head infopro needs the images, which the server has not: --server-modules 1")
-    if method.sync and run.sync not in ("auto", method.sync):
+    # An average of one is the part itself: nothing need travel. (Of a method without a server it is how the
+    # server is told anything at all.)
+    alone = run.clients == 1 and method.tail is not Tail.ALL
+    if method.sync and run.sync not in ("auto", method.sync) and not (alone and run.sync == "none"):
         raise ConfigError(f"--sync {run.sync}: {run.method} needs {method.sync}; leave the flag out")
     sync = (method.sync or "none") if run.sync == "auto" else run.sync
+    if sync == "average" and alone:
+        sync = "none"
+    if run.sync_every > 1 and (sync == "relay" or method.copies or method.new_head):
+        raise ConfigError(
+            f"--sync-every {run.sync_every}: {run.method} with --sync {sync} meets after every epoch; leave "
+            "it out"
+        )
     travel = Travel.of(run.codec, run.seed)  # raises where there is no such codec
     _check_schedule(run, method)
     if run.chooses and travel.activations.name != "fp32":
