@@ -83,15 +83,17 @@ ROWS: dict[str, dict[str, Setting]] = {
     "once int4": {**ONCE, "codec": "activations=int4+zstd"},
     "once int3": {**ONCE, "codec": "activations=int3+zstd"},
     "once int2": {**ONCE, "codec": "activations=int2+zstd"},
+    "once int4, mean of 3": {**ONCE, "codec": "activations=int4+zstd", "sync_every": 3},
+    "once int3, mean of 3": {**ONCE, "codec": "activations=int3+zstd", "sync_every": 3},
 }
 KEY_ROWS = ("CSL", "DSL", "DSL int4", "once int4", "once int3")
 AT: dict[str, Sequence[str]] = {
-    "m": tuple(ROWS),
+    "m": tuple(row for row in ROWS if "mean" not in row),
     "d": (
         *("CSL", "CSL int4, int8", "DSL", "DSL int8", "DSL int4", "DSL int3", "DSL int2"),
         *("DSL int4, 1 in 4, replay", "DSL int4, last 5, replay", "once int4", "once int3", "once int2"),
     ),
-    "3 non-IID": KEY_ROWS,
+    "3 non-IID": ("CSL", "DSL", "DSL int4", "once int4", "once int4, mean of 3", "once int3, mean of 3"),
 }
 
 
