@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import sys
 import time
@@ -160,6 +161,7 @@ def run(cell: Cell, images: Path, out: Path) -> None:
     """Unless it has been run."""
     if finished(cell, images, out):
         return
+    shutil.rmtree(cell.folder(out), ignore_errors=True)  # of a run that was broken off
     settings, start = cell.settings(images), time.perf_counter()
     experiment = Experiment(settings, cell.folder(out))
     try:
