@@ -9,6 +9,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -63,6 +64,32 @@ class Weights:
             self._bytes[name] = parcel.size / len(batch.z)
 
 
+@dataclass
+class _Window:
+    """A few batches, and the link meanwhile. sending: seconds that gRPC took to take what was sent."""
+
+    batches: int = 0
+    samples: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    bytes: int = 0
+    sending: float = 0.0
+
+    @property
+    def saturated(self) -> bool:
+        return self.skipped > 0 or self.sending > _SATURATED * self.seconds
+
+    @property
+    def rate(self) -> float:
+        """Bytes per second that the link took while it was asked to take some."""
+        return self.bytes / max(1e-9, self.sending)
+
+    @property
+    def over(self) -> bool:
+        """It has seen enough: of a link that is full, at least how long it took for something."""
+        return self.batches >= _WINDOW and (self.bytes > 0 or not self.skipped)
+
+
 class Adaptive:
     """Never waits: where the outbox is full a batch is skipped. Looks at the link every few batches.
 
@@ -76,59 +103,65 @@ class Adaptive:
         self._rung = LADDER.index(_USUAL)
         self._hold, self._held = 1, 0  # windows
         self.counts = Counter[str]()
-        self._since, self._flowed = 0.0, (0, 0.0)
-        self._batches = self._samples = self._skipped = 0  # of this window
+        self._window, self._mark = _Window(), self._now()
 
     @property
     def choice(self) -> str:
         return LADDER[self._rung]
 
     def begin(self, epoch: int, samples: int) -> int:
-        self._open_window()  # what lies between epochs is not the link's matter
+        self._mark = self._now()  # what lies between epochs is not the link's matter
         return 0
 
     def over(self, segment: Segment) -> Wire:
         def wire(batch: Sent) -> None:
             assert isinstance(batch, Smashed), "nothing comes back"
-            if segment.full:
+            full = segment.full
+            if full:
                 segment.skip(batch)
-                self._skipped += 1
-                self.counts[SKIPPED] += 1
             else:
                 segment.send(batch, self.choice)
-                self.counts[self.choice] += 1
-            self._batches, self._samples = self._batches + 1, self._samples + len(batch.z)
-            if self._batches == _WINDOW:
+            self.counts[SKIPPED if full else self.choice] += 1
+            self._count(len(batch.z), full)
+            if self._window.over:
                 self._look(batch)
 
         return wire
 
-    def _open_window(self) -> None:
-        self._since, self._flowed = time.perf_counter(), (self._flow.bytes, self._flow.seconds)
-        self._batches = self._samples = self._skipped = 0
+    def _now(self) -> tuple[float, int, float]:
+        return time.perf_counter(), self._flow.bytes, self._flow.seconds
+
+    def _count(self, samples: int, skipped: bool) -> None:
+        before, self._mark, window = self._mark, self._now(), self._window
+        window.batches += 1
+        window.samples += samples
+        window.skipped += skipped
+        window.seconds += self._mark[0] - before[0]
+        window.bytes += self._mark[1] - before[1]
+        window.sending += self._mark[2] - before[2]
 
     def _look(self, batch: Smashed) -> None:
-        elapsed = time.perf_counter() - self._since
-        sent, sending = self._flow.bytes - self._flowed[0], self._flow.seconds - self._flowed[1]
+        window, self._window = self._window, _Window()
         self._held += 1
-        if self._skipped or sending > _SATURATED * elapsed:
-            self._weights.weigh(batch)
-            self._slow_down(_SHARE * sent / elapsed, self._samples / elapsed)
+        if window.saturated:
+            self._held = 0
+            if self._rung < len(LADDER) - 1:
+                self._weights.weigh(batch)
+                self._slow_down(window.rate, window.samples / window.seconds)
         elif self._held >= self._hold and self._rung > 0:
             self._take(self._rung - 1, "room for more")
-        self._open_window()
 
     def _slow_down(self, rate: float, samples: float) -> None:
-        """To what asks for no more than this rate, in bytes per second, at so many samples per second."""
-        fitting = [r for r, name in enumerate(LADDER) if samples * self._weights[name] <= rate]
-        last = len(LADDER) - 1
-        self._hold, self._held = min(2 * self._hold, _LONGEST_HOLD), 0
-        self._take(max(self._rung, min(fitting, default=last)), f"{rate / _SHARE / 1e6:.2f} MB/s go through")
+        """To what asks for a share of this rate, in bytes per second, at so many samples per second."""
+        needs = [samples * self._weights[name] for name in LADDER]
+        rung = next((r for r, need in enumerate(needs) if need <= _SHARE * rate), len(LADDER) - 1)
+        if rung > self._rung:
+            self._hold = min(2 * self._hold, _LONGEST_HOLD)
+            self._take(rung, f"{rate / 1e6:.2f} MB/s go through")
 
     def _take(self, rung: int, why: str) -> None:
-        if rung != self._rung:
-            self._rung, self._held = rung, 0
-            self._tell(f"link: {why}; batches go as {self.choice}")
+        self._rung, self._held = rung, 0
+        self._tell(f"link: {why}; batches go as {self.choice}")
 
 
 class Thrifty:
