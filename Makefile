@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint stubs bench-accuracy bench-codecs bench-methods bench-overlap bench-traffic bench-wire clean
+.PHONY: demo test lint stubs bench-accuracy bench-codecs bench-link bench-methods bench-overlap bench-traffic bench-wire clean
 
 demo: $(VENV)/ready
 	$(BIN)/dsl demo
@@ -19,7 +19,7 @@ lint: $(VENV)/ready
 stubs: $(VENV)/ready
 	$(BIN)/python tools/stubs.py
 
-bench-accuracy bench-codecs bench-methods bench-overlap bench-traffic bench-wire: bench-%: $(VENV)/ready
+bench-accuracy bench-codecs bench-link bench-methods bench-overlap bench-traffic bench-wire: bench-%: $(VENV)/ready
 	$(BIN)/python benchmarks/$*/main.py $(IMAGES)
 
 $(VENV)/ready: pyproject.toml

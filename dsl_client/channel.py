@@ -21,15 +21,15 @@ class Channel(Generic[T]):
         self._changed = threading.Condition()
 
     @property
-    def full(self) -> bool:
-        """Whether `put` would wait now."""
+    def closed(self) -> bool:
         with self._changed:
-            return not self._closed and len(self._items) >= self._depth
+            return self._closed is not None
 
-    def put(self, item: T) -> None:
-        """Adds an item; waits while the channel is full. Raises why it was closed once it is."""
+    def put(self, item: T, wait: bool = True) -> None:
+        """Adds an item; waits while the channel is full, unless told not to. Raises why it was closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or len(self._items) < self._depth)
+            if wait:
+                self._changed.wait_for(lambda: self._closed or len(self._items) < self._depth)
             if self._closed:
                 raise self._closed
             self._items.append(item)

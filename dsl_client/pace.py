@@ -76,6 +76,15 @@ class _Window:
     bytes: int = 0  # that the link took
     sending: float = 0.0  # seconds that it took for them
 
+    @property
+    def saturated(self) -> bool:
+        return self.skipped > 0 or self.sending > _SATURATED * self.seconds
+
+    @property
+    def rate(self) -> float:
+        """Bytes per second of what the link took, while it was asked to take any."""
+        return self.bytes / max(self.sending, 1e-9)
+
 
 class Adaptive:
     """Never waits: where the outbox is full a batch is skipped. Looks at the link every few batches.
@@ -91,7 +100,7 @@ class Adaptive:
         self._rung = LADDER.index(_USUAL)
         self._holds = [1] * len(
             LADDER
-        )  # windows that the next coarser codec is held before this one is tried
+        )  # windows that a codec waits to be tried, in which the next coarser is held
         self._held, self._settling = 0, False
         self.counts = Counter[str]()
         self._window = _Window()
@@ -136,9 +145,11 @@ class Adaptive:
     def _look(self, window: _Window, batch: Smashed) -> None:
         if self._settling:  # what came before the step down was still on its way
             self._settling = False
-        elif window.skipped or window.sending > _SATURATED * window.seconds:
-            self._weights.weigh(batch)
-            self._slow_down(window)
+        elif window.saturated:
+            self._held, self._settling = 0, True
+            if self._rung < len(LADDER) - 1:
+                self._weights.weigh(batch)
+                self._slow_down(window)
         else:
             self._held += 1
             if self._held == self._holds[self._rung]:
@@ -148,12 +159,11 @@ class Adaptive:
 
     def _slow_down(self, window: _Window) -> None:
         """To what asks for no more than a share of the rate, at so many samples in the same time."""
-        most = _SHARE * window.bytes
+        most = _SHARE * window.rate * window.seconds
         fitting = [r for r, name in enumerate(LADDER) if window.samples * self._weights[name] <= most]
-        self._held, self._settling = 0, True
         self._holds[self._rung] = min(2 * self._holds[self._rung], _LONGEST_HOLD)
         rung = max(self._rung, min(fitting, default=len(LADDER) - 1))
-        self._take(rung, f"{window.bytes / max(window.seconds, 1e-9) / 1e6:.2f} MB/s go through")
+        self._take(rung, f"{window.rate / 1e6:.2f} MB/s go through")
 
     def _take(self, rung: int, why: str) -> None:
         if rung != self._rung:

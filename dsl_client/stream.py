@@ -8,10 +8,11 @@ Sending never holds up the compute thread until the outbox is full. Whatever end
 outbox with the reason, so that a client which is answered nothing still learns that it is alone.
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -73,17 +74,28 @@ def telling() -> Iterator[None]:
 @dataclass
 class Flow:
     """What a client has sent so far, and how long gRPC took to take it: when the link is the slowest part,
-    bytes / seconds is its rate."""
+    bytes / seconds is its rate. waiting: frames in its outboxes; the last epoch's may not be empty yet."""
 
     bytes: int = 0
     seconds: float = 0.0
+    waiting: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def wait(self, frames: int) -> None:
+        with self._lock:
+            self.waiting += frames
+
+    def take(self, size: int, seconds: float) -> None:
+        with self._lock:
+            self.bytes += size
+            self.seconds += seconds
 
 
 class Outgoing:
     """A call whose frames are put one by one; gRPC's thread packs and sends them meanwhile."""
 
     def __init__(self, start: Call, opening: Piece[Any], depth: int, clock: Clock, flow: Flow) -> None:
-        self._outbox = Channel[Pieces](depth)
+        self._outbox, self._depth = Channel[Pieces](depth), depth
         self._opening, self._clock, self._flow = opening, clock, flow
         self._reason: SplitLearningError | None = None
         self.call = start(self._requests())
@@ -92,12 +104,13 @@ class Outgoing:
 
     @property
     def full(self) -> bool:
-        """Whether the next frame would have to wait."""
-        return self._outbox.full
+        """Whether as much waits to be sent as an outbox takes, be it of this call or the one before."""
+        return not self._outbox.closed and self._flow.waiting >= self._depth
 
-    def put(self, pieces: Pieces) -> None:
+    def put(self, pieces: Pieces, wait: bool = True) -> None:
         """Waits while the outbox is full. Raises the reason once the call is over."""
-        self._outbox.put(pieces)
+        self._flow.wait(1)
+        self._outbox.put(pieces, wait)
 
     def finish(self) -> None:
         """No more frames: the server reads the stream's end after the last one."""
@@ -130,11 +143,11 @@ class Outgoing:
         yield self._opening
         try:
             for pieces in self._outbox:
+                self._flow.wait(-1)
                 for piece in self._clock.iterator("encode", pieces):
                     start = time.perf_counter()
                     yield piece  # gRPC comes back when it has taken this one
-                    self._flow.seconds += time.perf_counter() - start
-                    self._flow.bytes += piece.size
+                    self._flow.take(piece.size, time.perf_counter() - start)
         except WireError as error:  # what cannot be encoded; gRPC would tell of it as UNKNOWN
             self.fail(error)
 
@@ -183,7 +196,7 @@ class Segment:
 
     @property
     def full(self) -> bool:
-        """Whether the next batch would have to wait."""
+        """Whether the next batch would have to wait, for others of this segment or the one before."""
         return self._stream.full
 
     def send(self, batch: Smashed, choice: str, most: int | None = None) -> int:
@@ -213,7 +226,7 @@ class Segment:
     def finish(self) -> None:
         """Ends the segment; does not wait for its receipt."""
         if self._skips:
-            self._put(iter(self._skips))
+            self._stream.put(iter(self._skips), wait=False)  # a few bytes
         self._stream.finish()
 
     def fail(self, reason: SplitLearningError) -> None:

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.errors import ConfigError, SplitLearningError
+from dsl_lab.link import Link
 
 Setting = str | int | float | bool | Sequence[str]
 END_S = 15.0  # for the other processes, once one has ended the run
@@ -23,13 +25,17 @@ class LaunchError(SplitLearningError):
 
 @dataclass(frozen=True)
 class Experiment:
-    """`settings`: the run's, by name. `cores`: those of the server, then of each client, if held."""
+    """settings: the run's, by name. cores: those of the server, then of each client, if held.
+
+    link: given the server's port, the slow link by which all clients reach it.
+    """
 
     settings: Mapping[str, Setting]
     out: Path
     threads: int = 1
     cores: Sequence[int] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    link: Callable[[int], Link] | None = None
 
     @property
     def clients(self) -> int:
@@ -41,17 +47,17 @@ class Experiment:
     def server_folder(self) -> Path:
         return self.out / "server"
 
-    def commands(self, port: int) -> list[list[str]]:
-        """The server's command line, then each client's: the very ones that are run."""
-        address = f"127.0.0.1:{port}"
-        server = ["dsl-server", "--listen", address, "--out", str(self.server_folder)]
+    def commands(self, port: int, door: int) -> list[list[str]]:
+        """The server's command line, then each client's, which goes to the port `door`: the very ones
+        that are run."""
+        server = ["dsl-server", "--listen", f"127.0.0.1:{port}", "--out", str(self.server_folder)]
         for name, value in self.settings.items():
             server += _flag(name, value)
         clients = [
             [
                 "dsl-client",
                 "--server",
-                address,
+                f"127.0.0.1:{door}",
                 "--name",
                 f"client-{i}",
                 "--out",
@@ -64,7 +70,15 @@ class Experiment:
 
 def launch(experiment: Experiment, on_wait: Callable[[], None] = lambda: None) -> list[list[str]]:
     """Runs it to its end; the commands that it was. Raises LaunchError if a process fails."""
-    commands = experiment.commands(_free_port())
+    with ExitStack() as stack:
+        port = _free_port()
+        link = stack.enter_context(experiment.link(port)) if experiment.link else None
+        commands = experiment.commands(port, link.port if link else port)
+        _run(experiment, commands, on_wait)
+        return commands
+
+
+def _run(experiment: Experiment, commands: Sequence[Sequence[str]], on_wait: Callable[[], None]) -> None:
     experiment.out.mkdir(parents=True, exist_ok=True)
     processes: list[subprocess.Popen[bytes]] = []
     try:
@@ -77,7 +91,6 @@ def launch(experiment: Experiment, on_wait: Callable[[], None] = lambda: None) -
         _check(experiment, processes)
     finally:
         _end(processes)
-    return commands
 
 
 def program(name: str) -> str:

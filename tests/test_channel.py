@@ -107,3 +107,12 @@ def test_many_senders_and_readers_lose_nothing_and_repeat_nothing() -> None:
     for reader in readers:
         reader.result(timeout=10)
     assert sorted(got) == list(range(800))
+
+
+def test_who_is_told_not_to_wait_adds_one_more_to_a_full_channel() -> None:
+    channel = Channel[str](1)
+    channel.put("a")
+    channel.put("b", wait=False)
+    assert waits(in_thread(channel.put, "c"))
+    channel.close(ClosedError("done"))
+    assert list(channel) == ["a", "b"]

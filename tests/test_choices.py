@@ -289,8 +289,8 @@ FLOATS = [pb.CODEC_FP32, pb.CODEC_FP16]
         ({"codec": ("activations=int4+zstd",)}, [], "know: int4;"),
         ({"codec": ("activations=int4+zstd",)}, FLOATS, "know: int4;"),
         ({"codec": ("activations=topk:0.1+ef", "gradients=bf16")}, FLOATS, "know: bf16, topk;"),
-        ({"budget": "1MB"}, FLOATS, "know: int2, int4, int8;"),
-        ({"link": "auto"}, [*FLOATS, pb.CODEC_INT8, pb.CODEC_INT2, 99], "know: int4;"),
+        ({"budget": "1MB"}, FLOATS, "know: int2, int3, int4, int8;"),
+        ({"link": "auto"}, [*FLOATS, pb.CODEC_INT8, pb.CODEC_INT3, pb.CODEC_INT2, 99], "know: int4;"),
     ],
 )
 def test_a_client_that_lacks_a_codec_of_the_run_is_refused(

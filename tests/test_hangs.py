@@ -31,7 +31,7 @@ from common.wire import rpc
 from common.wire import split_learning_pb2 as pb
 from common.wire.pieces import Piece
 from dsl_client.connection import Connection
-from dsl_client.stream import Examination, Outgoing
+from dsl_client.stream import Examination, Flow, Outgoing, Segment
 from dsl_client.trainer import Trainer
 from dsl_server import service
 from dsl_server.inbox import Errand, Job
@@ -452,13 +452,51 @@ def test_an_outbox_is_closed_even_if_its_call_was_over_from_the_start() -> None:
         call.exception(timeout=SOON_S)  # nobody is there: it fails at once
         return call
 
-    outgoing = Outgoing(start, Piece(pb.StreamActivationsRequest()), 1, Clock())
+    outgoing = Outgoing(start, Piece(pb.StreamActivationsRequest()), 1, Clock(), Flow())
     second = in_thread(put_twice, outgoing)
     try:
         assert "the server went away" in str(told(second))
     finally:
         outgoing.fail(ClosedError("the test is over"))
         channel.close()
+
+
+# ---------------------------------------------------------------- the link is slow
+
+
+class Stuck:
+    """A call that takes nothing."""
+
+    def add_callback(self, _: Callable[[], None]) -> bool:
+        return True
+
+
+def test_batches_that_are_skipped_are_told_of_without_waiting() -> None:
+    run, flow = small_run(method="dsl"), Flow()
+
+    def segment() -> Segment:
+        opening, method = pb.Segment(first_sequence=1), build_method(run)
+        return Segment(lambda _: Stuck(), opening, 0, spec_of(run), method, 1, Clock(), flow)
+
+    first, second = segment(), segment()
+    assert not first.full
+    first(smashed(run))
+    assert first.full
+    assert second.full, "what the one before it has to send goes first"
+    first.skip(smashed(run))
+    in_thread(first.finish).result(timeout=SOON_S)
+
+
+def test_an_outbox_that_is_closed_is_not_full_so_that_who_sends_is_told_why() -> None:
+    run = small_run(method="dsl")
+    opening, method = pb.Segment(first_sequence=1), build_method(run)
+    segment = Segment(lambda _: Stuck(), opening, 0, spec_of(run), method, 1, Clock(), Flow())
+    segment(smashed(run))
+    assert segment.full
+    segment.fail(ClosedError("the server went away"))
+    assert not segment.full
+    with pytest.raises(ClosedError, match="went away"):
+        segment(smashed(run))
 
 
 # ---------------------------------------------------------------- the server is slow
