@@ -5,21 +5,22 @@ flips, several seeds; cut at m and at d with one client, and at m with three cli
 by dirichlet:0.3. Every run is a server and its clients, each a process of its own; bytes are those that the
 meter counted while training: all kinds but `evaluation`, framing included, up and down.
 
-    python benchmarks/traffic/main.py IMAGES.npz [--out runs/traffic] [--seeds 3] [--only m-csl ...]
-                                                 [--at-once 2] [--table]
+    python benchmarks/traffic/main.py IMAGES.npz [--results runs/traffic.jsonl] [--seeds 3] [--at-once 2]
+    python benchmarks/traffic/main.py --results benchmarks/traffic/results.jsonl
 
-What has finished is kept in --out and not repeated, unless its settings were others. The table and
-traffic.png (in --out) are of what has finished. IMAGES.npz holds train_images (N, 32, 32, 3) uint8,
-train_labels, test_images, test_labels, classes.
+What has finished is a line of --results and is not repeated, unless its settings were others. Table and
+picture are of what has finished; without images nothing is run. IMAGES.npz holds train_images
+(N, 32, 32, 3) uint8, train_labels, test_images, test_labels, classes.
 """
 
 import argparse
 import json
 import os
 import platform
-import shutil
 import statistics
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -87,27 +88,35 @@ ROWS: dict[str, dict[str, Setting]] = {
     "once int4, mean of 3": {**ONCE, "codec": "activations=int4+zstd", "sync_every": 3},
     "once int3, mean of 3": {**ONCE, "codec": "activations=int3+zstd", "sync_every": 3},
 }
-KEY_ROWS = ("CSL", "DSL", "DSL int4", "once int4", "once int3")
 AT: dict[str, Sequence[str]] = {
     "m": tuple(row for row in ROWS if "mean" not in row),
     "d": (
-        *("CSL", "CSL int4, int8", "DSL", "DSL int8", "DSL int4", "DSL int3", "DSL int2"),
+        *("CSL", "CSL int8", "CSL int4, int8", "DSL", "DSL int8", "DSL int4", "DSL int3", "DSL int2"),
         *("DSL int4, 1 in 4, replay", "DSL int4, last 5, replay", "once int4", "once int3", "once int2"),
     ),
     "3 non-IID": ("CSL", "DSL", "DSL int4", "once int4", "once int4, mean of 3", "once int3, mean of 3"),
 }
+FIRST = ("CSL", "DSL", "DSL int4", "DSL int3", "once int4", "once int3", "once int4, mean of 3")
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one run came to. `failed`: why it did not end; the numbers are then 0."""
+    """What one run came to."""
 
+    place: str
+    row: str
     settings: Mapping[str, Setting]
-    failed: str = ""
-    accuracy: float = 0.0
-    up: int = 0  # bytes of training
-    down: int = 0
-    seconds: float = 0.0
+    accuracy: float
+    up: int  # bytes of training
+    down: int
+    seconds: float
+    day: str
+
+    @property
+    def seed(self) -> int:
+        seed = self.settings["seed"]
+        assert isinstance(seed, int)
+        return seed
 
     @property
     def bytes(self) -> int:
@@ -126,73 +135,79 @@ class Cell:
     row: str
     seed: int
 
-    def settings(self, images: Path) -> dict[str, Setting]:
-        return {**COMMON, **ROWS[self.row], **PLACES[self.place], "data": f"npz:{images}", "seed": self.seed}
-
-    def folder(self, out: Path) -> Path:
-        words = f"{self.place} {self.row}".replace(",", "").replace("/", "-").replace(" ", "-")
-        return out / words / str(self.seed)
+    @property
+    def settings(self) -> dict[str, Setting]:
+        """All but where the images lie."""
+        return {**COMMON, **ROWS[self.row], **PLACES[self.place], "seed": self.seed}
 
 
-def cells(seeds: int, only: Sequence[str]) -> Iterator[Cell]:
-    """Seed by seed; the rows that the headline is made of first."""
-    for seed in range(seeds):
-        for key in (True, False):
-            for place, rows in AT.items():
-                for row in rows:
-                    if (row in KEY_ROWS) is key and (not only or place in only):
+def cells(seeds: int, places: Sequence[str], rows: Sequence[str]) -> Iterator[Cell]:
+    """What the headlines are made of first, with all its seeds."""
+    for headline in (True, False):
+        for seed in range(seeds):
+            for place in places:
+                for row in AT[place]:
+                    if row in rows and (row in FIRST) is headline:
                         yield Cell(place, row, seed)
 
 
-def finished(cell: Cell, images: Path, out: Path) -> Result | None:
-    """The run that has ended, if it was of these settings. Where the images lie does not count."""
-    file = cell.folder(out) / "result.json"
-    if not file.exists():
-        return None
-    result = Result(**json.loads(file.read_text()))
-    return result if _told(result.settings) == _told(cell.settings(images)) else None
+class Store:
+    """Finished runs, a line of JSON each. A run of other settings than a cell's is not that cell's."""
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._lock = file, threading.Lock()
+        lines = file.read_text().splitlines() if file.exists() else []
+        self._results = [Result(**json.loads(line)) for line in lines]
+
+    def get(self, cell: Cell) -> Result | None:
+        told = json.loads(json.dumps(cell.settings))
+        with self._lock:
+            return next((result for result in self._results if result.settings == told), None)
+
+    def add(self, result: Result) -> None:
+        with self._lock, self._file.open("a") as file:
+            self._results.append(result)
+            file.write(json.dumps(asdict(result)) + "\n")
 
 
-def _told(settings: Mapping[str, Setting]) -> dict[str, Setting]:
-    return {name: value for name, value in settings.items() if name != "data"}
-
-
-def run(cell: Cell, images: Path, out: Path) -> None:
-    """Unless it has been run."""
-    if finished(cell, images, out):
+def run(cell: Cell, images: Path, store: Store) -> None:
+    """Unless it has been run. One that fails says why, and is tried again the next time."""
+    if store.get(cell):
         return
-    shutil.rmtree(cell.folder(out), ignore_errors=True)  # of a run that was broken off
-    settings, start = cell.settings(images), time.perf_counter()
-    experiment = Experiment(settings, cell.folder(out))
-    try:
-        launch(experiment)
-        result = _measured(settings, experiment.server_folder, time.perf_counter() - start)
-    except LaunchError as error:
-        result = Result(settings, failed=str(error))
-    (cell.folder(out) / "result.json").write_text(json.dumps(asdict(result), indent=1))
-    outcome = result.failed or f"{result.accuracy:.4f}, {result.bytes / 1e6:,.2f} MB, {result.seconds:.0f} s"
-    print(f"{cell.place}, {cell.row}, seed {cell.seed}: {outcome}", file=sys.stderr, flush=True)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        experiment = Experiment({**cell.settings, "data": f"npz:{images}"}, Path(folder))
+        try:
+            launch(experiment)
+        except LaunchError as error:
+            print(f"{cell}: {error}", file=sys.stderr, flush=True)
+            return
+        result = _measured(cell, experiment.server_folder, time.perf_counter() - start)
+    store.add(result)
+    print(
+        f"{cell.place}, {cell.row}, seed {cell.seed}: {result.accuracy:.4f}, {result.bytes / 1e6:,.2f} MB, "
+        f"{result.seconds:.0f} s",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
-def _measured(settings: Mapping[str, Setting], folder: Path, seconds: float) -> Result:
+def _measured(cell: Cell, folder: Path, seconds: float) -> Result:
     summary = json.loads((folder / "summary.json").read_text())
     up, down = (
         sum(n for kind, n in summary["wire"][way].items() if kind != "evaluation") for way in ("up", "down")
     )
-    return Result(settings, accuracy=summary["test"]["accuracy"], up=up, down=down, seconds=seconds)
+    accuracy, day = summary["test"]["accuracy"], str(date.today())
+    return Result(cell.place, cell.row, cell.settings, accuracy, up, down, round(seconds, 1), day)
 
 
 # ---------------------------------------------------------------- what came of it
 
 
-def collect(images: Path, out: Path, seeds: int) -> Results:
+def collect(store: Store, seeds: int) -> Results:
     return {
         place: {
-            row: [
-                result
-                for seed in range(seeds)
-                if (result := finished(Cell(place, row, seed), images, out)) and not result.failed
-            ]
+            row: [result for seed in range(seeds) if (result := store.get(Cell(place, row, seed)))]
             for row in rows
         }
         for place, rows in AT.items()
@@ -228,8 +243,8 @@ def _fraction(rows: Mapping[str, Sequence[Result]], runs: Sequence[Result]) -> s
 
 def _difference(rows: Mapping[str, Sequence[Result]], runs: Sequence[Result]) -> str:
     """Mean over the seeds that both have."""
-    base = {run.settings["seed"]: run.accuracy for run in rows["DSL"]}
-    differences = [run.accuracy - base[run.settings["seed"]] for run in runs if run.settings["seed"] in base]
+    base = {run.seed: run.accuracy for run in rows["DSL"]}
+    differences = [run.accuracy - base[run.seed] for run in runs if run.seed in base]
     return f"{100 * statistics.mean(differences):+.1f} points" if differences else "–"
 
 
@@ -263,32 +278,35 @@ def _panel(axes: Axes, place: str, rows: Mapping[str, Sequence[Result]]) -> None
     axes.grid(alpha=0.3)
 
 
-def heading(seeds: int) -> str:
+def heading(results: Results) -> str:
+    days = sorted({run.day for rows in results.values() for runs in rows.values() for run in runs})
     return (
-        f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, CPU, one thread a process, Python "
-        f"{platform.python_version()}, torch {torch.__version__}, grpcio {grpc.__version__}; seeds 0 to "
-        f"{seeds - 1} as far as they are there:"
+        f"{' to '.join(days[:1] + days[1:][-1:])}, {platform.machine()}, {os.cpu_count()} cores, CPU, one "
+        f"thread a process, Python {platform.python_version()}, torch {torch.__version__}, grpcio "
+        f"{grpc.__version__}:"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("images", type=Path, help="an npz file")
-    parser.add_argument("--out", type=Path, default=Path("runs/traffic"))
+    parser.add_argument("images", type=Path, nargs="?", help="an npz file; none: only tell what has finished")
+    parser.add_argument("--results", type=Path, default=Path("runs/traffic.jsonl"))
+    parser.add_argument("--picture", type=Path, default=Path("runs/traffic.png"))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", choices=PLACES, default=[], help="some of the places")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="some of the rows")
+    parser.add_argument("--places", nargs="+", choices=PLACES, default=list(PLACES))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--at-once", type=int, default=2, help="runs at a time: nothing is timed")
-    parser.add_argument("--table", action="store_true", help="run nothing: tell what has finished")
     options = parser.parse_args()
-    images = options.images.resolve()
-    if not options.table:
-        todo = [cell for cell in cells(options.seeds, options.only) if cell.row in options.rows]
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    store = Store(options.results)
+    if options.images:
+        images = options.images.resolve()
         with ThreadPoolExecutor(options.at_once) as pool:
-            list(pool.map(lambda cell: run(cell, images, options.out), todo))
-    results = collect(images, options.out, options.seeds)
-    print(heading(options.seeds), "", *table(results), sep="\n")
-    picture(results, options.out / "traffic.png")
+            todo = cells(options.seeds, options.places, options.rows)
+            list(pool.map(lambda cell: run(cell, images, store), todo))
+    results = collect(store, options.seeds)
+    print(heading(results), "", *table(results), sep="\n")
+    picture(results, options.picture)
 
 
 if __name__ == "__main__":
