@@ -98,10 +98,8 @@ class Adaptive:
     def __init__(self, weights: Weights, flow: Flow, tell: Tell, first_epoch: int = 0) -> None:
         self._weights, self._flow, self._tell, self._first_epoch = weights, flow, tell, first_epoch
         self._rung = LADDER.index(_USUAL)
-        self._holds = [1] * len(
-            LADDER
-        )  # windows that a codec waits to be tried, in which the next coarser is held
-        self._held, self._settling = 0, False
+        self._holds = [1] * len(LADDER)  # by codec: windows that it waits to be tried
+        self._held, self._settling = 0, False  # windows that the present one has been held
         self.counts = Counter[str]()
         self._window = _Window()
         self._latest = self._now()
