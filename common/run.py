@@ -129,6 +129,8 @@ class Run:
     what coding takes away is added to the next tensor). Default: fp32, as they are."""
     send_every: int = 0
     """One-way methods: batches from one that is sent to the next; 0: as the method has it."""
+    send_every_epochs: int = 1
+    """One-way methods: epochs from one in which batches are sent to the next; the last is one of them."""
     send_last_epochs: int = 0
     """One-way methods: send only in so many of the last epochs, when features are ready; 0: in all."""
     replay: str = ""
@@ -255,6 +257,7 @@ _LEAST = {
     "quorum": 0,
     "sync_every": 1,
     "send_every": 0,
+    "send_every_epochs": 1,
     "send_last_epochs": 0,
     "reuse": 2,
 }

@@ -162,7 +162,7 @@ class Trainer:
     def _scores(self, epoch: int) -> bool:
         last = epoch == self._run.epochs - 1
         if epoch < self._method.first_epoch or (self._method.afterwards and not last):
-            return False  # the server has not learned anything yet
+            return False  # the server has learned nothing yet
         # With a relay the part is at the last client when the epoch ends.
         return self._run.sync != "relay" or self._client == self._run.clients - 1
 

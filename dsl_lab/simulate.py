@@ -162,7 +162,7 @@ def _turn(
         *batches[index],
         client_progress=here,
         server_progress=progress_of(run, epoch, place, len(sent), method.first_epoch),
-        sequence=(epoch - method.first_epoch) * len(sent) + place + 1,
+        sequence=(epoch - method.first_epoch) // method.epoch_every * len(sent) + place + 1,
         wanted=method.answered(place),
     )
 

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.timeout(60)
 STREAMING = {"dsl", "cse-fsl"}
 FLAGS: dict[str, dict[str, Any]] = {
     "--send-every": {"send_every": 2},
+    "--send-every-epochs": {"send_every_epochs": 2},
     "--send-last-epochs": {"send_last_epochs": 1},
     "--replay": {"replay": "1MB"},
     "--link auto": {"link": "auto"},
@@ -67,11 +68,13 @@ def test_dsl_whose_batches_are_answered_does_not_stream(flag: str) -> None:
     ("values", "says"),
     [
         ({"send_last_epochs": 3}, "--send-last-epochs 3 is above --epochs 2"),
+        ({"send_every_epochs": 3}, "--send-every-epochs 3 is above --epochs 2"),
+        ({"budget": "1MB", "send_every_epochs": 2}, "--budget and --send-every-epochs: both say in which"),
         ({"link": "auto", "fixed_order": True}, "--link auto: .* no order holds; drop --fixed-order"),
         ({"link": "auto", "budget": "1MB"}, "--link auto and --budget: both choose what is sent; say one"),
         (
             {"budget": "1MB", "send_last_epochs": 1},
-            "--budget and --send-last-epochs: both say when to begin to send; say one",
+            "--budget and --send-last-epochs: both say in which epochs to send; say one",
         ),
         (
             {"link": "auto", "codec": ("activations=int4",)},
@@ -198,6 +201,25 @@ def steps_of(run: Run, folder: Path, data: Sequence[Batches]) -> tuple[list[floa
     epochs = run.send_last_epochs or run.epochs
     assert [member.received for member in server.rounds.members()] == [epochs * expected] * run.clients
     return rates, summary, next(folder.glob("server*"))
+
+
+@pytest.mark.parametrize(
+    ("every", "last", "epochs"),
+    [
+        (3, 0, [0, 3, 6, 9]),
+        (4, 0, [1, 5, 9]),
+        (10, 0, [9]),
+        (1, 3, [7, 8, 9]),
+        (2, 5, [5, 7, 9]),
+        (3, 5, [6, 9]),
+    ],
+)
+def test_the_last_epoch_is_always_one_of_those_in_which_batches_are_sent(
+    every: int, last: int, epochs: list[int]
+) -> None:
+    method = build_method(small_run(epochs=10, send_every_epochs=every, send_last_epochs=last))
+    assert [epoch for epoch in range(10) if method.sent(epoch, 4)] == epochs
+    assert method.first_epoch == epochs[0], "where the server's schedule begins"
 
 
 @pytest.mark.parametrize("last", [1, 2, 4])

@@ -55,6 +55,7 @@ SETTINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("dsl", {"replay": "1MB", "reuse": 3, "codec": ("activations=int4+zstd",)}),
     ("cse-fsl", {"replay": "20kB", "reuse": 2, "replay_on": "disk"}),
     ("dsl", {"sync_every": 2}),
+    ("dsl", {"send_every_epochs": 2, "replay": "1MB", "reuse": 2}),
 )
 
 
@@ -78,6 +79,7 @@ def runs() -> Iterator[Run]:
 def name_of(run: Run) -> str:
     modules = f"{run.client_modules}x{run.server_modules}" if run.client_modules > 1 else ""
     seldom = f"every{run.send_every}-last{run.send_last_epochs}" if run.send_every else ""
+    seldom += f"epochs{run.send_every_epochs}" if run.send_every_epochs > 1 else ""
     again = f"replay{run.replay}" if run.replay else f"sync{run.sync_every}" if run.sync_every > 1 else ""
     facts = [run.method, run.sync, str(run.clients), *run.method_arg, *run.codec, modules, seldom, again]
     return "-".join([*filter(None, facts), *({run.head} - {"gap"})])
@@ -88,7 +90,7 @@ def trained_on(run: Run, method: Method, data: Sequence[Batches]) -> int:
     if method.afterwards:
         return sum(share.samples for share in data)
     every = method.send_every or 1
-    epochs = run.epochs - method.first_epoch
+    epochs = sum(method.sends(epoch) for epoch in range(run.epochs))
     return epochs * sum(share.size(i) for share in data for i in range(0, len(share), every))
 
 

@@ -33,7 +33,7 @@ from common.run import Run
 from dsl_client import data
 from dsl_client.batches import Batches
 
-COMPRESSED = ("fp32", "fp16", "bf16", "int8", "int4", "int2", "topk")
+COMPRESSED = ("fp32", "fp16", "bf16", "int8", "int4", "int3", "int2", "topk")
 NAMES = [*CODECS, *(f"{name}+zstd" for name in COMPRESSED)]
 CPU = torch.device("cpu")
 R = TypeVar("R")

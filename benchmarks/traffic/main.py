@@ -73,6 +73,13 @@ ROWS: dict[str, dict[str, Setting]] = {
         "replay": "64MB",
         "reuse": 4,
     },
+    "DSL int4, 1 epoch in 6, replay": {
+        "method": "dsl",
+        "codec": "activations=int4+zstd",
+        "send_every_epochs": 6,
+        "replay": "64MB",
+        "reuse": 6,
+    },
     "DSL int4, last 5": {"method": "dsl", "codec": "activations=int4+zstd", "send_last_epochs": 5},
     "DSL int4, last 5, replay": {
         "method": "dsl",

@@ -62,7 +62,9 @@ def build_method(run: Run) -> Method:
 def _scheduled(run: Run, method: Method) -> Method:
     """The method, sending as seldom as the run says."""
     first = max(0, run.epochs - run.send_last_epochs) if run.send_last_epochs else 0
-    return replace(method, send_every=run.send_every or method.send_every, first_epoch=first)
+    first += (run.epochs - 1 - first) % run.send_every_epochs
+    every = run.send_every or method.send_every
+    return replace(method, send_every=every, first_epoch=first, epoch_every=run.send_every_epochs)
 
 
 def settled(run: Run) -> Run:
@@ -111,6 +113,7 @@ def _check_schedule(run: Run, method: Method) -> None:
     """Raises ConfigError for settings of what is sent when, where the method does not let them be."""
     given = [flag for flag, said in (
         ("--send-every", run.send_every),
+        ("--send-every-epochs", run.send_every_epochs > 1),
         ("--send-last-epochs", run.send_last_epochs),
         ("--replay", run.replay),
         ("--link auto", run.link == "auto"),
@@ -121,16 +124,21 @@ def _check_schedule(run: Run, method: Method) -> None:
             f"{given[0]}: only for methods that send one way and learn from each batch on its own: cse-fsl, "
             f"and dsl without lambda_; {' '.join([run.method, *run.method_arg])} does not"
         )
-    if run.send_last_epochs > run.epochs:
-        raise ConfigError(f"--send-last-epochs {run.send_last_epochs} is above --epochs {run.epochs}")
+    for flag, epochs in (
+        ("--send-last-epochs", run.send_last_epochs),
+        ("--send-every-epochs", run.send_every_epochs),
+    ):
+        if epochs > run.epochs:
+            raise ConfigError(f"{flag} {epochs} is above --epochs {run.epochs}")
     if run.link == "auto" and run.fixed_order:
         raise ConfigError(
             "--link auto: what is sent depends on the link, and no order holds; drop --fixed-order"
         )
     if run.link == "auto" and run.budget:
         raise ConfigError("--link auto and --budget: both choose what is sent; say one")
-    if run.budget and run.send_last_epochs:
-        raise ConfigError("--budget and --send-last-epochs: both say when to begin to send; say one")
+    if run.budget and (run.send_last_epochs or run.send_every_epochs > 1):
+        late = "--send-last-epochs" if run.send_last_epochs else "--send-every-epochs"
+        raise ConfigError(f"--budget and {late}: both say in which epochs to send; say one")
 
 
 def arguments(make: Callable[..., Method]) -> dict[str, tuple[Any, Any]]:

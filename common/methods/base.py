@@ -162,6 +162,7 @@ class Method:
     local_loss: bool  # the client has a head of its own
     send_every: int = 1  # batches from one that is sent to the next; 0: none is
     first_epoch: int = 0  # in which any is sent
+    epoch_every: int = 1  # epochs from one in which any is sent to the next
     answer_every: int = 0  # of those sent, from one that is answered with dL/dz to the next; 0: none is
     may_skip: bool = False  # an answer may have no gradient
     gather: Gather = Gather.EACH
@@ -188,8 +189,12 @@ class Method:
 
     def sent(self, epoch: int, batches: int) -> range:
         """Which of this epoch's batches are sent, from 0."""
-        sends = self.send_every and epoch >= self.first_epoch
-        return range(0, batches, self.send_every) if sends else range(0)
+        return range(0, batches, self.send_every) if self.send_every and self.sends(epoch) else range(0)
+
+    def sends(self, epoch: int) -> bool:
+        """Whether any batch of this epoch is sent, if the method sends any in training."""
+        since = epoch - self.first_epoch
+        return since >= 0 and since % self.epoch_every == 0
 
     def answered(self, place: int) -> bool:
         """Whether dL/dz comes back for the batch at this place, from 0, of those sent in a segment."""
