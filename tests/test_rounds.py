@@ -185,7 +185,7 @@ def test_the_average_of_another_epoch_is_refused(epoch: int) -> None:
 
 
 def test_averages_follow_one_another_epoch_by_epoch() -> None:
-    rounds = rounds_of(2, sync="average")
+    rounds = rounds_of(2, sync="average", epochs=4)
     ann, bob = rounds.join("ann"), rounds.join("bob")
     for epoch in range(3):
         other = in_thread(rounds.average, ann, epoch, part(1.0 + epoch), 1)

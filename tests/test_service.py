@@ -709,7 +709,7 @@ def test_weights_that_the_run_does_not_want_are_refused(
 
 
 def test_weights_of_another_network_or_with_nan_are_refused(tmp_path: Path) -> None:
-    run = small_run(method="dsl", sync="average")
+    run = small_run(method="dsl", sync="average", clients=2)
     state = state_of(client_part(run, METHODS["dsl"](), build(run), CPU), momentum=False)
     name = "bottom.0.0.weight"
     wrong = {
@@ -718,11 +718,13 @@ def test_weights_of_another_network_or_with_nan_are_refused(tmp_path: Path) -> N
         f"{name}: NaN or infinite": state | {name: state[name] * math.nan},
         f"'{name}' differs": {key: value for key, value in state.items() if key != name},
     }
-    with serving(run, tmp_path) as server, member(server) as client:
+    with serving(run, tmp_path) as server, member(server) as client, member(server, "other") as other:
         for says, theirs in wrong.items():
             with refused(Code.INVALID_ARGUMENT, says):
                 sync(client, theirs, purpose=pb.SYNC_PURPOSE_AVERAGE, samples=1)
+        given = in_thread(lambda: sync(other, state, purpose=pb.SYNC_PURPOSE_AVERAGE, samples=1))
         (answer,) = sync(client, state, purpose=pb.SYNC_PURPOSE_AVERAGE, samples=1)
+        given.result(timeout=DEADLINE_S)
     assert [tensor.name for tensor in answer.weights.tensors] == list(state)
 
 
