@@ -21,7 +21,6 @@ import statistics
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -116,7 +115,6 @@ class Result:
     accuracy: float
     up: int  # bytes of training
     down: int
-    seconds: float
     day: str
 
     @property
@@ -181,7 +179,6 @@ def run(cell: Cell, images: Path, store: Store) -> None:
     """Unless it has been run. One that fails says why, and is tried again the next time."""
     if store.get(cell):
         return
-    start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         experiment = Experiment({**cell.settings, "data": f"npz:{images}"}, Path(folder))
         try:
@@ -189,23 +186,19 @@ def run(cell: Cell, images: Path, store: Store) -> None:
         except LaunchError as error:
             print(f"{cell}: {error}", file=sys.stderr, flush=True)
             return
-        result = _measured(cell, experiment.server_folder, time.perf_counter() - start)
+        result = _measured(cell, experiment.server_folder)
     store.add(result)
-    print(
-        f"{cell.place}, {cell.row}, seed {cell.seed}: {result.accuracy:.4f}, {result.bytes / 1e6:,.2f} MB, "
-        f"{result.seconds:.0f} s",
-        file=sys.stderr,
-        flush=True,
-    )
+    told = f"{result.accuracy:.4f}, {result.bytes / 1e6:,.2f} MB"
+    print(f"{cell.place}, {cell.row}, seed {cell.seed}: {told}", file=sys.stderr, flush=True)
 
 
-def _measured(cell: Cell, folder: Path, seconds: float) -> Result:
+def _measured(cell: Cell, folder: Path) -> Result:
     summary = json.loads((folder / "summary.json").read_text())
     up, down = (
         sum(n for kind, n in summary["wire"][way].items() if kind != "evaluation") for way in ("up", "down")
     )
     accuracy, day = summary["test"]["accuracy"], str(date.today())
-    return Result(cell.place, cell.row, cell.settings, accuracy, up, down, round(seconds, 1), day)
+    return Result(cell.place, cell.row, cell.settings, accuracy, up, down, day)
 
 
 # ---------------------------------------------------------------- what came of it
