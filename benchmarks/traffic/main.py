@@ -249,33 +249,35 @@ def _difference(rows: Mapping[str, Sequence[Result]], runs: Sequence[Result]) ->
 
 
 def picture(results: Results, file: Path) -> None:
-    """Accuracy against bytes: a panel for each place, a point for each row, its seeds as a bar."""
+    """Accuracy against bytes: a panel for each place, a numbered point for each row, its seeds as a bar."""
     matplotlib.use("Agg")
     shown = {place: rows for place, rows in results.items() if any(rows.values())}
-    figure = Figure(figsize=(5.2 * len(shown), 4.6), layout="constrained")
+    figure = Figure(figsize=(5.2 * len(shown), 6.2), layout="constrained")
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for axes, (place, rows) in zip(panels, shown.items(), strict=True):
-        _panel(axes, place, rows)
-    panels[0].set_ylabel("test accuracy")
+        _panel(axes, place, {row: runs for row, runs in rows.items() if runs})
+    panels[0].set_ylabel("test accuracy, mean of the seeds")
     figure.savefig(file, dpi=150)
 
 
 def _panel(axes: Axes, place: str, rows: Mapping[str, Sequence[Result]]) -> None:
     colours = {"CSL": "#c44e52", "DSL": "#4c72b0", "once": "#55a868"}
-    for row, runs in rows.items():
-        if runs:
-            colour = colours[row.replace(",", "").split()[0]]
-            megabytes = statistics.mean(run.bytes for run in runs) / 1e6
-            values = [run.accuracy for run in runs]
-            axes.vlines(megabytes, min(values), max(values), colors=colour, alpha=0.4, linewidth=3)
-            axes.plot(megabytes, statistics.mean(values), "o", color=colour)
-            axes.annotate(
-                row, (megabytes, statistics.mean(values)), (4, 4), textcoords="offset points", fontsize=7
-            )
+    for number, (row, runs) in enumerate(rows.items(), 1):
+        colour = colours[row.replace(",", "").split()[0]]
+        megabytes = statistics.mean(run.bytes for run in runs) / 1e6
+        values = [run.accuracy for run in runs]
+        axes.vlines(megabytes, min(values), max(values), colors=colour, alpha=0.4, linewidth=3)
+        label = f"{number}  {row}, {megabytes:,.{0 if megabytes > 100 else 1}f} MB"
+        axes.plot(megabytes, _accuracy(runs), "o", color=colour, markersize=11, alpha=0.85, label=label)
+        axes.annotate(
+            str(number), (megabytes, _accuracy(runs)), ha="center", va="center", fontsize=7, color="white"
+        )
     axes.set_xscale("log")
     axes.set_xlabel("MB sent to train, up and down")
-    axes.set_title(f"{place}: {'three clients, dirichlet:0.3' if place[0] == '3' else 'one client'}")
+    alone = "three clients, dirichlet:0.3" if place == "3 non-IID" else f"one client, cut at {place}"
+    axes.set_title(alone)
     axes.grid(alpha=0.3)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize=7, frameon=False)
 
 
 def heading(results: Results) -> str:
