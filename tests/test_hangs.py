@@ -528,8 +528,9 @@ def test_a_slow_server_holds_dsl_clients_back_and_memory_stays_flat(
             still = sent
             time.sleep(0.5)
         # 2 wait in the outbox and 2 in the inbox, 1 is in the step, 1 waits for room in the inbox
-        # and 1 in the outbox's reader; gRPC reads some megabytes ahead.
-        assert 2 + 2 <= sent <= 2 + 2 + 3 + 4
+        # and 1 in the outbox's reader. gRPC's window is some megabytes, and up to 16 MiB where answers are
+        # slow to come, as on a busy machine; the kernel's buffers hold up to 10 more. That is 13 batches.
+        assert 2 + 2 <= sent <= 2 + 2 + 3 + 13
         assert not client.done()
         assert resident_bytes() - before < 100e6, "batches in waiting, not sixty of them"
         gate.set()
