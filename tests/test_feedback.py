@@ -13,16 +13,13 @@ from torch import Tensor
 from common.codecs import parse
 from common.codecs.travel import Residuals, Travel, Way
 from common.errors import ConfigError
-from common.methods import build_method
 from common.methods.base import Smashed
-from common.methods.hosting import Hosting
 from common.parts import state_of
 from common.wire import codec
 from common.wire import split_learning_pb2 as pb
 from common.wire.codec import BatchSpec
-from dsl_lab.simulate import federate
 from tests.federation import Batches, federation, small_run
-from tests.test_transparency import assert_equal, fresh
+from tests.test_transparency import assert_as_in_one_thread
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -168,11 +165,7 @@ def test_batches_that_wait_as_an_epoch_ends_are_coded_in_their_order(tmp_path: P
     run = small_run(clients=2, epochs=4, fixed_order=True, inbox=1, codec=("activations=int2+ef",))
     data = [Batches(run, seed=client, samples=n) for client, n in enumerate((30, 11))]
     server, parts, _ = federation(run, tmp_path, data)
-    method, (near, near_server) = build_method(run), fresh(run)
-    federate(run, method, near, Hosting(run, method, near_server), data)
-    assert_equal(server.part, near_server)
-    for far, part in zip(parts, near, strict=True):
-        assert_equal(far, part)
+    assert_as_in_one_thread(run, data, server.part, parts)
 
 
 def test_a_run_with_feedback_ends_elsewhere_and_finite(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """What crosses a real wire must train as if there were none: bit for bit."""
 
-import time
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from common.nets.cut import build
 from common.optim import learning_rate, sgd
 from common.parts import client_part, server_part, state_of
 from common.run import Run
+from dsl_client.connection import Connection
 from dsl_lab.simulate import federate
-from dsl_server.inbox import Inbox, Item, Job
+from dsl_server.inbox import Errand, Inbox, Item, Job
 from tests.federation import CPU, Batches, federation, small_run
 
 
@@ -31,6 +32,17 @@ def fresh(run: Run) -> tuple[list[ClientPart], ServerPart]:
 def assert_equal(ours: Part, theirs: Part) -> None:
     for name, tensor in state_of(ours).items():
         assert torch.equal(tensor, state_of(theirs)[name]), name
+
+
+def assert_as_in_one_thread(
+    run: Run, data: Sequence[Batches], server: ServerPart, clients: Sequence[ClientPart]
+) -> None:
+    """That these parts are, bit for bit, those of the run with nothing between clients and server."""
+    method, (near, near_server) = build_method(run), fresh(run)
+    federate(run, method, near, Hosting(run, method, near_server), data)
+    assert_equal(server, near_server)
+    for far, part in zip(clients, near, strict=True):
+        assert_equal(far, part)
 
 
 # Beside every method as it is.
@@ -99,14 +111,8 @@ def test_the_wire_changes_nothing(run: Run, tmp_path: Path) -> None:
     samples = [60, 41, 17][: run.clients]  # unequal, with short last batches: 21 steps and more
     data = [Batches(run, seed=client, samples=n) for client, n in enumerate(samples)]
     server, parts, _ = federation(run, tmp_path, data)
-
-    method, (near, near_server) = build_method(run), fresh(run)
-    federate(run, method, near, Hosting(run, method, near_server), data)
-
-    assert_equal(server.part, near_server)
-    for far, part in zip(parts, near, strict=True):
-        assert_equal(far, part)
-    assert server.record.samples_trained == trained_on(run, method, data)
+    assert_as_in_one_thread(run, data, server.part, parts)
+    assert server.record.samples_trained == trained_on(run, build_method(run), data)
 
 
 def test_a_head_is_made_of_batches_that_were_still_on_the_way(
@@ -114,20 +120,24 @@ def test_a_head_is_made_of_batches_that_were_still_on_the_way(
 ) -> None:
     run = small_run(method="fsl-sage", method_arg=("q=1", "l=1"), fixed_order=True)
     data = [Batches(run, seed=1, samples=44)]
-    put = Inbox.put
+    put, settle, goes_on = Inbox.put, Connection.settle, threading.Event()
 
     def put_late(inbox: Inbox, item: Item) -> None:
-        if isinstance(item, Job):
-            time.sleep(0.05)  # its client asks for the head meanwhile
+        if isinstance(item, Job) and item.sequence % 6 == 0:  # the last of an epoch
+            assert goes_on.wait(10), "its client waits for it, or has asked for the head before it came"
+            goes_on.clear()
         put(inbox, item)
+        if isinstance(item, Errand):
+            goes_on.set()
+
+    def settle_seen(connection: Connection) -> None:
+        goes_on.set()
+        settle(connection)
 
     monkeypatch.setattr(Inbox, "put", put_late)
-    server, (part,), _ = federation(run, tmp_path, data)
-
-    method, (near, near_server) = build_method(run), fresh(run)
-    federate(run, method, near, Hosting(run, method, near_server), data)
-    assert_equal(server.part, near_server)
-    assert_equal(part, near[0])
+    monkeypatch.setattr(Connection, "settle", settle_seen)
+    server, parts, _ = federation(run, tmp_path, data)
+    assert_as_in_one_thread(run, data, server.part, parts)
 
 
 def test_csl_with_one_client_is_backpropagation_of_the_whole_network(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ written straight into one buffer. What leaves here needs no further check.
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,7 +102,7 @@ def pack_batch(
     if spec.labels:
         y = [_on_host(batch.y).to(spec.label_dtype)]
         head.labels.CopyFrom(_describe(y[0]))
-    return _pack(kind, "batch", head, batch.z, (spec.travel, way, client, sequence, choice), y)
+    return _pack(kind, "batch", head, batch.z, _Sending(spec.travel, way, client, sequence, choice), y)
 
 
 @dataclass(frozen=True)
@@ -156,8 +156,8 @@ def pack_gradient(
         return _cut(kind, {"gradient": head}, [])
     head.gradient.CopyFrom(_describe(gradient))
     up = kind is pb.TrainRequest
-    travels = (spec.travel, Way.TAIL_GRADIENT if up else Way.GRADIENT, client, sequence, "")
-    return _pack(kind, "gradient", head, gradient, travels, later={"of_gradient": True} if up else {})
+    sending = _Sending(spec.travel, Way.TAIL_GRADIENT if up else Way.GRADIENT, client, sequence)
+    return _pack(kind, "gradient", head, gradient, sending, later={"of_gradient": True} if up else {})
 
 
 def unpack_gradient(
@@ -182,8 +182,8 @@ def pack_output(
     """What the server's layers made of a batch, for a client that has the last ones."""
     head = pb.Output(sequence=sequence, output=_describe(output))
     training = kind is pb.TrainResponse
-    travels = (spec.travel, Way.OUTPUT if training else Way.EXAM_OUTPUT, client, sequence, "")
-    return _pack(kind, "output", head, output, travels, later={"of_output": True} if training else {})
+    sending = _Sending(spec.travel, Way.OUTPUT if training else Way.EXAM_OUTPUT, client, sequence)
+    return _pack(kind, "output", head, output, sending, later={"of_output": True} if training else {})
 
 
 def unpack_output(
@@ -233,8 +233,21 @@ def declared_bytes(spec: pb.TensorSpec) -> int:
     return size if size < 2**62 else 0
 
 
-# With which codecs, as what, of which client, of which batch, by which choice.
-Travels = tuple[Travel, Way, int, int, str]
+class _Sending(NamedTuple):
+    """With which codecs a tensor is sent, as what, of whose batch, and what its client chose, if it did."""
+
+    travel: Travel
+    way: Way
+    client: int
+    sequence: int
+    choice: str = ""
+
+    @property
+    def codec(self) -> Codec:
+        return self.travel.codec(self.way, self.choice)
+
+    def encode(self, tensor: Tensor) -> Parcel:
+        return self.travel.encode(self.way, tensor, self.client, self.sequence, self.choice)
 
 
 def _pack(
@@ -242,7 +255,7 @@ def _pack(
     field: str,
     head: Any,
     tensor: Tensor,
-    travels: Travels,
+    sending: _Sending,
     others: Sequence[Tensor] = (),
     later: Mapping[str, Any] = _NOTHING,
 ) -> Iterator[Piece[Head]]:
@@ -251,24 +264,21 @@ def _pack(
     On a GPU it is encoded at once, so that what crosses to the host is small; and with error feedback, so
     that batches are in their order; else by whoever pulls the pieces, beside the thread that computes.
     """
-    travel, way, *_, choice = travels
-    at_once = tensor.device.type != "cpu" or travel.codec(way, choice).feedback
-    early = _encode(head, tensor, travels) if at_once else None
+    at_once = tensor.device.type != "cpu" or sending.codec.feedback
+    early = _encode(head, tensor, sending) if at_once else None
 
     def pieces() -> Iterator[Piece[Head]]:
-        payload = early or _encode(head, tensor, travels)
+        payload = early or _encode(head, tensor, sending)
         yield from _cut(kind, {field: head}, [*payload, *others], later)
 
     return pieces()
 
 
-def _encode(head: Any, tensor: Tensor, travels: Travels) -> list[Tensor]:
+def _encode(head: Any, tensor: Tensor, sending: _Sending) -> list[Tensor]:
     """The payload, on the host; the head is told of it."""
-    travel, way, client, sequence, choice = travels
-    if _is_plain(travel.codec(way, choice)):
+    if _is_plain(sending.codec):
         return [_on_host(tensor)]
-    parcel = travel.encode(way, tensor, client, sequence, choice)
-    payload = [_on_host(part) for part in parcel.encoded.tensors]
+    payload = [_on_host(part) for part in sending.encode(tensor).encoded.tensors]
     head.payload.extend(map(_describe, payload))
     return payload
 
