@@ -1,9 +1,10 @@
 """Bytes against accuracy: CSL and DSL with codecs, sent seldom, late, or once.
 
 1,000 training and 5,000 test images of CIFAR-10, ResNet-20, batch 128, 30 epochs, crops and
-flips, several seeds; cut at m and at d with one client, and at m with three clients whose shares are dealt
-by dirichlet:0.3. Every run is a server and its clients, each a process of its own; bytes are those that the
-meter counted while training: all kinds but `evaluation`, framing included, up and down.
+flips, several seeds; cut at m and at d with one client, at m with three clients whose shares are dealt
+by dirichlet:0.3, and at m with one client for 50 epochs. Every run is a server and its clients, each a
+process of its own; bytes are those that the meter counted while training: all kinds but `evaluation`,
+framing included, up and down.
 
     python benchmarks/traffic/main.py IMAGES.npz [--results runs/traffic.jsonl] [--seeds 3] [--at-once 2]
     python benchmarks/traffic/main.py --results benchmarks/traffic/results.jsonl
@@ -44,14 +45,24 @@ COMMON: dict[str, Setting] = {
     "eval_every": 0,
     "fixed_order": True,  # so that a run repeats
 }
+TITLES = {
+    "m": "one client, cut at m",
+    "d": "one client, cut at d",
+    "3 non-IID": "three clients, dirichlet:0.3, cut at m",
+    "50 epochs": "one client, cut at m, 50 epochs",
+}
 PLACES: dict[str, dict[str, Setting]] = {
     "m": {"split": "m"},
     "d": {"split": "d"},
     "3 non-IID": {"split": "m", "clients": 3, "partition": "dirichlet:0.3", "sync": "average"},
+    "50 epochs": {"split": "m", "epochs": 50},
 }
-ONCE: dict[str, Setting] = {"method": "ampere", "method_arg": "server_epochs=30"}
+ONCE: dict[str, Setting] = {"method": "ampere"}
 ROWS: dict[str, dict[str, Setting]] = {
     "CSL": {"method": "csl"},
+    "CSL fp16": {"method": "csl", "codec": ["activations=fp16+zstd", "gradients=fp16+zstd"]},
+    "CSL bf16": {"method": "csl", "codec": ["activations=bf16+zstd", "gradients=bf16+zstd"]},
+    "CSL fp8": {"method": "csl", "codec": ["activations=fp8+zstd", "gradients=fp8+zstd"]},
     "CSL int8": {"method": "csl", "codec": ["activations=int8+zstd", "gradients=int8+zstd"]},
     "CSL int4, int8": {"method": "csl", "codec": ["activations=int4+zstd", "gradients=int8+zstd"]},
     "CSL topk": {"method": "csl", "codec": ["activations=int4+zstd", "gradients=topk:0.1+zstd"]},
@@ -59,11 +70,20 @@ ROWS: dict[str, dict[str, Setting]] = {
         "method": "csl",
         "codec": ["activations=int4+zstd", "gradients=topk:0.1+zstd+ef"],
     },
+    "CSL randtopk": {
+        "method": "csl",
+        "codec": ["activations=int4+zstd", "gradients=randtopk:0.1:0.1+zstd"],
+    },
     "DSL": {"method": "dsl"},
+    "DSL fp16": {"method": "dsl", "codec": "activations=fp16+zstd"},
+    "DSL bf16": {"method": "dsl", "codec": "activations=bf16+zstd"},
+    "DSL fp8": {"method": "dsl", "codec": "activations=fp8+zstd"},
     "DSL int8": {"method": "dsl", "codec": "activations=int8+zstd"},
     "DSL int4": {"method": "dsl", "codec": "activations=int4+zstd"},
     "DSL int3": {"method": "dsl", "codec": "activations=int3+zstd"},
     "DSL int2": {"method": "dsl", "codec": "activations=int2+zstd"},
+    "DSL topk": {"method": "dsl", "codec": "activations=topk:0.1+zstd"},
+    "DSL randtopk": {"method": "dsl", "codec": "activations=randtopk:0.1:0.1+zstd"},
     "DSL int4, 1 in 4": {"method": "dsl", "codec": "activations=int4+zstd", "send_every": 4},
     "DSL int4, 1 in 4, replay": {
         "method": "dsl",
@@ -88,6 +108,7 @@ ROWS: dict[str, dict[str, Setting]] = {
         "reuse": 6,
     },
     "DSL, budget 1/100": {"method": "dsl", "budget": "39MB"},
+    "DSL, budget 1/100, replay": {"method": "dsl", "budget": "39MB", "replay": "64MB", "reuse": 6},
     "once int4": {**ONCE, "codec": "activations=int4+zstd"},
     "once int3": {**ONCE, "codec": "activations=int3+zstd"},
     "once int2": {**ONCE, "codec": "activations=int2+zstd"},
@@ -101,6 +122,7 @@ AT: dict[str, Sequence[str]] = {
         *("DSL int4, 1 in 4, replay", "DSL int4, last 5, replay", "once int4", "once int3", "once int2"),
     ),
     "3 non-IID": ("CSL", "DSL", "DSL int4", "once int4", "once int4, mean of 3", "once int3, mean of 3"),
+    "50 epochs": ("CSL", "DSL", "DSL int4", "once int4", "once int3"),
 }
 FIRST = ("CSL", "DSL", "DSL int4", "DSL int3", "once int4", "once int3", "once int4, mean of 3")
 
@@ -143,7 +165,10 @@ class Cell:
     @property
     def settings(self) -> dict[str, Setting]:
         """All but where the images lie."""
-        return {**COMMON, **ROWS[self.row], **PLACES[self.place], "seed": self.seed}
+        settings = {**COMMON, **ROWS[self.row], **PLACES[self.place], "seed": self.seed}
+        if settings["method"] == "ampere":
+            settings["method_arg"] = f"server_epochs={settings['epochs']}"  # as many steps as in DSL
+        return settings
 
 
 def cells(seeds: int, places: Sequence[str], rows: Sequence[str]) -> Iterator[Cell]:
@@ -274,8 +299,7 @@ def _panel(axes: Axes, place: str, rows: Mapping[str, Sequence[Result]]) -> None
         )
     axes.set_xscale("log")
     axes.set_xlabel("MB sent to train, up and down")
-    alone = "three clients, dirichlet:0.3" if place == "3 non-IID" else f"one client, cut at {place}"
-    axes.set_title(alone)
+    axes.set_title(TITLES[place])
     axes.grid(alpha=0.3)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize=7, frameon=False)
 
