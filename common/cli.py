@@ -25,6 +25,7 @@ class Stopped(BaseException):
     """The user, or the system, wants the program to end. Not an Exception: nothing may swallow it."""
 
     def __init__(self, number: int) -> None:
+        self.number = number
         self.exit_code = 128 + number
         super().__init__("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
 

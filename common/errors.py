@@ -4,12 +4,15 @@
   - ConfigError        what the user asked for cannot be done; the message says what can
   - WireError          what the other end sent breaks the protocol (INVALID_ARGUMENT)
     + SequenceError    a batch came out of order (ABORTED); it carries the number that was due
+    + DigestError      its bytes are not those that were sent (DATA_LOSS)
   - ClosedError        the other end, or the run, is over; the message says why
+    + StaleError       the membership is, or the server is about to be: join again (UNAVAILABLE)
     + RefusedError     the server would not have this client (FAILED_PRECONDITION)
       * FullError      because it has all it was asked to have (RESOURCE_EXHAUSTED)
       * TakenError     because one of that identity has had a place (ALREADY_EXISTS)
       * IdentityError  because one end does not know, or trust, who the other is (UNAUTHENTICATED)
       * ForbiddenError because it is not who it claims to be (PERMISSION_DENIED)
+      * ConflictError  because it gave one batch's number to another (FAILED_PRECONDITION)
   - StepError          a training step failed: the run cannot go on
 
 Programs end with `exit_code` of the error that ended them (sysexits.h where it has a fitting one).
@@ -45,10 +48,18 @@ class SequenceError(WireError):
         self.expected = expected
 
 
+class DigestError(WireError):
+    """What came is not what was sent."""
+
+
 class ClosedError(SplitLearningError):
     """The other end, or the run, is over."""
 
     exit_code = 69  # EX_UNAVAILABLE
+
+
+class StaleError(ClosedError):
+    """The membership is over, or the server is about to be; who can come back does."""
 
 
 class RefusedError(ClosedError):
@@ -71,6 +82,10 @@ class IdentityError(RefusedError):
 
 class ForbiddenError(RefusedError):
     """The client is not who it claims to be."""
+
+
+class ConflictError(RefusedError):
+    """The client gave the number of one batch to another."""
 
 
 class StepError(SplitLearningError):

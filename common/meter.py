@@ -8,7 +8,7 @@ import resource
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -69,6 +69,12 @@ class Traffic:
         with self._lock:
             up = {kind: self._bytes["up", kind] for kind in UP}
             return {"up": up, "down": {kind: self._bytes["down", kind] for kind in DOWN}}
+
+    def add(self, counted: Mapping[str, Mapping[str, int]]) -> None:
+        """Counts what an earlier process counted, as `by_kind` gives it."""
+        with self._lock:
+            self._bytes.update({("up", kind): n for kind, n in counted["up"].items()})
+            self._bytes.update({("down", kind): n for kind, n in counted["down"].items()})
 
     def _count(self, rpc: Rpc, direction: Direction, message: Any, size: int) -> None:
         kinds = {"control": size}

@@ -74,6 +74,22 @@ def specs(state: Mapping[str, Tensor]) -> dict[str, Spec]:
     return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
 
 
+def copied(state: State) -> State:
+    """The tensors as they are now, whatever becomes of them; on the host."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+
+
+def under(prefix: str, state: Mapping[str, Tensor]) -> State:
+    """The state with longer names: `found_under` has it back."""
+    return {f"{prefix}.{name}": tensor for name, tensor in state.items()}
+
+
+def found_under(prefix: str, state: Mapping[str, Tensor]) -> State:
+    """What of the state has such names, without the prefix."""
+    start = f"{prefix}."
+    return {name.removeprefix(start): tensor for name, tensor in state.items() if name.startswith(start)}
+
+
 def average(states: Sequence[Mapping[str, Tensor]], samples: Sequence[int]) -> State:
     """The mean of parts weighted by samples (McMahan et al. 2017, FedAvg), buffers included.
 

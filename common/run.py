@@ -123,6 +123,19 @@ class Run:
     """Seeds the first weights, the shares, the order and the augmentation."""
     fixed_order: bool = False
     """Step on the clients' batches strictly in turn, so that a run repeats bit for bit."""
+    deterministic: bool = False
+    """As --fixed-order, with one thread for each process's arithmetic: also a run that was interrupted ends
+    with the very weights of one that was not."""
+    checkpoint_every: float = 0.0
+    """Seconds from one checkpoint of the server to the next: then the run survives crashes of either end, and
+    each batch is learned from exactly once (docs/reliability.md). 0: none."""
+    checkpoints: int = 3
+    """How many of the last checkpoints are kept."""
+    spool: str = "1GB"
+    """With checkpoints: bytes that a client that is not answered keeps, at most, of what the server might
+    forget."""
+    lease: float = 60.0
+    """With checkpoints: seconds for which a client that is gone may come back; then it is lost."""
     codec: tuple[str, ...] = ()
     """How tensors are made small for the wire: activations=NAME gradients=NAME, of fp32, fp16, bf16, fp8,
     int8, int4, int3, int2, topk:K, randtopk:K, each also with +zstd (compressed) and +ef (error feedback:
@@ -185,6 +198,15 @@ class Run:
         return bytes_of("--replay", self.replay)
 
     @property
+    def lasts(self) -> bool:
+        """Whether it survives crashes: there are checkpoints, and clients may come back."""
+        return self.checkpoint_every > 0
+
+    @property
+    def spool_bytes(self) -> int:
+        return bytes_of("--spool", self.spool)
+
+    @property
     def budget_bytes(self) -> int:
         return bytes_of("--budget", self.budget)
 
@@ -229,9 +251,16 @@ class Run:
             raise ConfigError(f"--momentum {self.momentum} is not in [0, 1)")
         if not 0 <= self.round_timeout < math.inf:
             raise ConfigError(f"--round-timeout {self.round_timeout} is not a number of seconds from 0 on")
+        for name in ("checkpoint_every", "lease"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(
+                    f"--{_flag(name)} {getattr(self, name)} is not a number of seconds from 0 on"
+                )
         if min(self.image_shape) < 1:
             raise ConfigError(f"--image {' '.join(map(str, self.image_shape))} has an empty side")
-        for name in ("replay", "budget"):
+        if not self.spool:
+            raise ConfigError("--spool: say how many bytes, such as 1GB")
+        for name in ("replay", "budget", "spool"):
             bytes_of(f"--{name}", getattr(self, name))  # raises where it is no size
         if not self.name or set(self.name) - _NAME_CHARACTERS:
             raise ConfigError(f"--name {self.name!r}: use letters, digits, '.', '_' and '-'")
@@ -260,6 +289,7 @@ _LEAST = {
     "send_every_epochs": 1,
     "send_last_epochs": 0,
     "reuse": 2,
+    "checkpoints": 1,
 }
 _ALLOWED = {
     "sync": ("auto", "none", "average", "relay"),

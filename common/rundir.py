@@ -1,5 +1,6 @@
 """The folder that a process leaves: run.json, metrics.jsonl, checkpoint/, summary.json; audit.jsonl."""
 
+import fcntl
 import json
 import os
 import platform
@@ -11,22 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError
-from common.run import Run
+from common.run import Run, checked
 
 PACKAGES = ("decoupled-split-learning", "torch", "numpy", "grpcio", "protobuf")
 
 
 class RunFolder:
-    """Raises ConfigError when it cannot be made, or has a run in it already."""
+    """Raises ConfigError when it cannot be made, or has a run in it already, unless that goes on."""
 
-    def __init__(self, path: Path | None, run: Run, role: str) -> None:
+    def __init__(self, path: Path | None, run: Run, role: str, goes_on: bool = False) -> None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         self.path = path or Path("runs") / f"{stamp}-{run.name}-{role}"
-        if (self.path / "run.json").exists():
+        if (self.path / "run.json").exists() and not goes_on:
             raise ConfigError(f"--out {self.path} holds a run already; choose another folder or remove it")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._write("run.json", _description(run, role))
+            if not goes_on:
+                self._write("run.json", _description(run, role))
         except OSError as error:
             raise ConfigError(f"--out {self.path}: {error.strerror}") from error
 
@@ -37,6 +39,15 @@ class RunFolder:
         with (self.path / name).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
+    def cut_metrics(self, lines: int) -> None:
+        """Keeps so many lines of metrics.jsonl."""
+        metrics = self.path / "metrics.jsonl"
+        if metrics.exists():
+            kept = metrics.read_text().splitlines(keepends=True)[:lines]
+            temporary = self.path / ".metrics.jsonl.tmp"
+            temporary.write_text("".join(kept))
+            os.replace(temporary, metrics)
+
     def write_summary(self, summary: dict[str, Any]) -> None:
         self._write("summary.json", summary)
 
@@ -44,6 +55,37 @@ class RunFolder:
         temporary = self.path / f".{name}.tmp"
         temporary.write_text(json.dumps(content, indent=2) + "\n")
         os.replace(temporary, self.path / name)  # whoever reads sees all of it or nothing
+
+
+class Held:
+    """A folder held by this process as long as it lives: no second one can go on with the same run.
+
+    Raises ConfigError when another has it, or it cannot be written.
+    """
+
+    def __init__(self, folder: Path, flag: str) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = (folder / ".lock").open("w")
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{flag} {folder}: another process goes on with it; stop that one") from None
+        except OSError as error:
+            raise ConfigError(f"{flag} {folder}: {error.strerror}") from error
+
+    def release(self) -> None:
+        self._file.close()
+
+
+def run_of(folder: Path) -> Run:
+    """The run that the folder is of. Raises ConfigError where there is none, or it is over."""
+    try:
+        described = json.loads((folder / "run.json").read_text())["run"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--resume {folder} holds no run that could go on: {error}") from error
+    if (folder / "summary.json").exists():
+        raise ConfigError(f"--resume {folder}: that run has ended; its summary.json is there")
+    return Run(**checked(described, f"{folder}/run.json"))
 
 
 def _description(run: Run, role: str) -> dict[str, Any]:

@@ -38,8 +38,13 @@ class Options:
     """Where to compute: auto, cpu, cuda or cuda:N."""
     out: Path | None = None
     """Where run.json, metrics.jsonl, checkpoint/ and summary.json go; else runs/<time>-<name>-client-N."""
+    state: Path | None = None
+    """Where to keep what it needs to go on after this process, in a run with checkpoints: start it again with
+    the same folder. Its outputs go there too, unless --out says otherwise."""
+    takeover: bool = False
+    """With --state: end the membership that another process has with it."""
     patience: float = 60.0
-    """Seconds to wait for a server that is not there yet."""
+    """Seconds to wait for a server that is not there yet, or not there any more in a run with checkpoints."""
 
 
 def main() -> None:
@@ -53,17 +58,22 @@ def _main(arguments: list[str]) -> int:
     credentials = tls.Credentials.read(options.certs, "client") if options.certs else None
     tls.preflight(options.server, credentials)  # what can be said at once, before torch has come
     from dsl_client.client import Client  # imports torch
+    from dsl_client.memory import Memory
 
     name = options.name or (credentials and credentials.name) or socket.gethostname()[:64]
-    client = Client(options.server, name, cli.device_of(options.device), options.data, credentials)
     failure: SplitLearningError | str = ""
+    out = options.out or (options.state and options.state / "out")
     with Progress(PROGRAM) as progress:
+        memory = Memory(options.state, on_damage=progress.log)
+        client = Client(
+            options.server, name, cli.device_of(options.device), options.data, credentials, memory
+        )
         try:
             progress.show(f"waiting for the server at {options.server}")
-            run = client.join(options.patience)
+            run = client.join(options.patience, options.takeover)
             progress.log(_joined(client, run, options.server))
             view = _View(client, run, progress)
-            folder = client.train(options.out, view.step, view.scored, progress.log)
+            folder = client.train(out, view.step, view.scored, progress.log)
             progress.log(f"finished: everything in {folder}")
         except SplitLearningError as error:
             failure = error

@@ -23,11 +23,13 @@ from common.wire.codec import batch_spec
 from dsl_client import data
 from dsl_client.batches import Batches, Indices, limited, partition
 from dsl_client.connection import Connection
+from dsl_client.memory import Memory
 from dsl_client.trainer import Scored, Step, Trainer
 
 
 class Client:
-    """`source`: where the data is, if not where the run says."""
+    """`source`: where the data is, if not where the run says. memory: what it remembers of the run, if it has
+    been a member before."""
 
     def __init__(
         self,
@@ -36,15 +38,17 @@ class Client:
         device: torch.device,
         source: str | None = None,
         credentials: Credentials | None = None,
+        memory: Memory | None = None,
     ) -> None:
+        self._memory = memory or Memory()
         self._name, self._device, self._source = name, device, source
         self.traffic, self._clock = Traffic(), Clock()
-        self._connection = Connection(target, self.traffic, self._clock, credentials)
+        self._connection = Connection(target, self.traffic, self._clock, credentials, self._memory)
         self.index = -1
 
-    def join(self, patience: float) -> Run:
+    def join(self, patience: float, takeover: bool = False) -> Run:
         """The run that this client is now a member of. Raises RefusedError or ClosedError."""
-        welcome = self._connection.join(self._name, patience)
+        welcome = self._connection.join(self._name, patience, takeover)
         self.run, self.index = Run.from_json(welcome.run), welcome.client
         return self.run
 
@@ -57,7 +61,9 @@ class Client:
     ) -> Path:
         """From the data to the goodbye; the folder with all that is left. Raises the reason of a failure."""
         run, method = self.run, build_method(self.run)
-        folder = RunFolder(out, run, f"client-{self.index}")
+        if run.deterministic:
+            torch.set_num_threads(1)
+        folder = RunFolder(out, run, f"client-{self.index}", self._memory.recalled() is not None)
         net = build(run)
         self.part = client_part(run, method, net, self._device)
         for module in _forward_passes(self.part):

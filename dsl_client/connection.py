@@ -1,5 +1,6 @@
 """The client's connection: its membership of the run, and the calls that a member makes."""
 
+import random
 import threading
 import time
 from typing import Any
@@ -7,42 +8,112 @@ from typing import Any
 import grpc
 
 from common import tls
-from common.errors import ClosedError, SplitLearningError, WireError
+from common.errors import ClosedError, DigestError, RefusedError, SequenceError, SplitLearningError, WireError
 from common.meter import Clock, Traffic
-from common.methods.base import Method
+from common.methods.base import Method, Tail
 from common.parts import Spec, State
+from common.run import Run
 from common.wire import codec, rpc
 from common.wire import split_learning_pb2 as pb
 from common.wire.codec import BatchSpec
 from common.wire.options import SLACK_BYTES, client_options
-from common.wire.pieces import PIECE_BYTES
-from dsl_client.stream import Examination, Flow, Segment, following, telling, told
+from common.wire.pieces import PIECE_BYTES, Piece
+from dsl_client.delivery import Delivery
+from dsl_client.memory import Memory
+from dsl_client.stream import Call, Examination, Flow, Outgoing, Segment, Stretch, following, telling, told
 
 ANSWER_S = 30.0  # for Join's and Leave's answer, once connected
 PREFLIGHT_S = 1.0  # how often it is asked why there is no connection yet
+LONGEST_PAUSE_S = 2.0  # from one attempt to come back to the next
+FRUITLESS = 8  # times that a client comes back and nothing gets through
 
 
 class Connection:
-    """`target`: host:port. Nothing is sent before `join`."""
+    """`target`: host:port. Nothing is sent before `join`.
+
+    In a run that lasts it outlives its memberships: `come_back` begins the next one.
+    """
 
     def __init__(
-        self, target: str, traffic: Traffic, clock: Clock, credentials: tls.Credentials | None = None
+        self,
+        target: str,
+        traffic: Traffic,
+        clock: Clock,
+        credentials: tls.Credentials | None = None,
+        memory: Memory | None = None,
     ) -> None:
-        self._channel = _channel(target, credentials)
-        self._target, self._clock, self._credentials = target, clock, credentials
+        self._target, self._traffic, self._clock = target, traffic, clock
+        self._credentials, self.memory = credentials, memory or Memory()
         self.flow = Flow()
-        self._calls = {which: self._prepared(which, traffic) for which in rpc.RPCS}
         self._segments: list[Segment] = []
         self._examination: Examination | None = None  # the last one
-        self._leaving = False
+        self._delivery: Delivery | None = None
+        self._leaving = self._leaving_for_good = self._lasting = False
         self._over: SplitLearningError | None = None
-        self._session, self._client = "", -1
+        self.session, self.generation, self._client = "", 0, -1
+        self._received = 0  # of this client's batches, when it last joined
+        self._fruitless = 0  # times that it came back since anything got through
+        self._patience = 0.0
+        self._returning = threading.Lock()
+        self._open()
 
-    def join(self, name: str, patience: float) -> pb.Welcome:
+    def join(self, name: str, patience: float, takeover: bool = False) -> pb.Welcome:
         """Waits up to `patience` seconds for the server. Raises RefusedError or ClosedError."""
-        self._connect(patience)
+        self._name, self._patience = name, patience
+        return self._join(takeover)
+
+    def goes_on(self, run: Run, method: Method) -> None:
+        """What is known once the run is: whether it lasts, and so what is kept."""
+        self._lasting = run.lasts
+        if run.lasts and method.one_way and method.tail is not Tail.ALL:
+            spool = self.memory.spool(run.spool_bytes)
+            self._delivery = Delivery(self, spool, run.outbox, self._clock, self.flow, self._received)
+
+    def come_back(self, error: SplitLearningError, generation: int) -> int:
+        """Begins the next membership, if this error ended the one of that generation; the number of the last
+        batch that the server has. Raises the error where coming back is of no use."""
+        with self._returning:
+            if not self._lasting or self._leaving_for_good or not is_passing(error):
+                raise error
+            if generation == self.generation:
+                self._fruitless += 1
+                if self._fruitless > FRUITLESS:
+                    raise error
+                self._drop()
+                self._join_again()
+            return self._received
+
+    def _join_again(self) -> None:
+        """Within the patience; a little later each time, and no two clients at the same time."""
+        end, pause = time.monotonic() + self._patience, 0.1
+        while True:
+            try:
+                if own := self._credentials:  # they may have been renewed meanwhile
+                    self._credentials = tls.Credentials.read(own.folder, own.end)
+                self._open()
+                self._join(takeover=False)
+                return
+            except RefusedError:
+                raise
+            except ClosedError:
+                if time.monotonic() >= end:
+                    raise
+            time.sleep(pause * random.uniform(0.5, 1.5))
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    def _join(self, takeover: bool) -> pb.Welcome:
+        self._connect(self._patience)
+        memory = self.memory
         request = pb.JoinRequest(
-            oldest_version=rpc.VERSION, newest_version=rpc.VERSION, name=name, codecs=codec.CODEC_NAMES
+            oldest_version=rpc.VERSION,
+            newest_version=rpc.VERSION,
+            name=self._name,
+            codecs=codec.CODEC_NAMES,
+            identity=memory.identity,
+            run_id=memory.run_id,
+            durable=memory.durable,
+            session=self.session,
+            takeover=takeover,
         )
         membership = self._calls[rpc.JOIN](request)
         late = threading.Timer(ANSWER_S, membership.cancel)  # a deadline would end the membership too
@@ -54,35 +125,43 @@ class Connection:
             late.cancel()
         if welcome.version != rpc.VERSION:
             raise WireError(f"the server speaks protocol version {welcome.version}, not {rpc.VERSION}")
-        self._session, self._client = welcome.session, welcome.client
-        threading.Thread(target=self._watch, args=[membership], name="membership", daemon=True).start()
+        memory.belongs_to(welcome.run_id)
+        self._over = None
+        self.session, self._client, self._received = welcome.session, welcome.client, welcome.received
+        self.generation += 1
+        watch = threading.Thread(
+            target=self._watch, args=[membership, self.generation], name="membership", daemon=True
+        )
+        watch.start()
         return welcome
 
+    @property
+    def received(self) -> int:
+        """The number of this client's last batch that the server had when it last joined."""
+        return self._received
+
+    def start_segment(self) -> Call:
+        """What starts a one-way call of the present membership."""
+        start: Call = self._calls[rpc.STREAM_ACTIVATIONS].future
+        return start
+
     def segment(
-        self,
-        epoch: int,
-        first_sequence: int,
-        batches: int,
-        samples: int,
-        spec: BatchSpec,
-        method: Method,
-        depth: int,
-        first_epoch: int = 0,
+        self, stretch: Stretch, spec: BatchSpec, method: Method, depth: int, place: int = 0, before: int = 0
     ) -> Segment:
-        """Opens a segment. Waits for the receipt of the one before the last, and for no other."""
+        """Opens a segment: of a stretch what is left of it after `place` batches of `before` samples. Waits
+        for the receipt of the one before the last, and for no other."""
+        if self._delivery:
+            return Segment(
+                self._delivery.stream(stretch), stretch, self._client, spec, method, self._clock, place
+            )
         self.check_open()
         while len(self._segments) > 1:
             self._segments.pop(0).receipt()
-        opening = pb.Segment(
-            session=self._session,
-            epoch=epoch,
-            first_sequence=first_sequence,
-            batches=batches,
-            samples=samples,
-            first_epoch=first_epoch,
-        )
-        start = self._calls[rpc.STREAM_ACTIVATIONS].future if method.one_way else self._calls[rpc.TRAIN]
-        segment = Segment(start, opening, self._client, spec, method, depth, self._clock, self.flow)
+        kind = pb.StreamActivationsRequest if method.one_way else pb.TrainRequest
+        start = self.start_segment() if method.one_way else self._calls[rpc.TRAIN]
+        opening = Piece(kind(segment=stretch.opening(self.session, place, before)))
+        outgoing = Outgoing(start, opening, depth, self._clock, self.flow, seals=self._lasting)
+        segment = Segment(outgoing, stretch, self._client, spec, method, self._clock, place)
         self._segments.append(segment)
         if self._over:  # meanwhile; whoever ended it did not see this segment
             segment.fail(self._over)
@@ -91,7 +170,7 @@ class Connection:
     def evaluation(self, epoch: int, after_sequence: int, spec: BatchSpec, depth: int) -> Examination:
         """Opens an evaluation of the network as it is after this client's batch of that number."""
         self.check_open()
-        opening = pb.Evaluation(session=self._session, epoch=epoch, after_sequence=after_sequence)
+        opening = pb.Evaluation(session=self.session, epoch=epoch, after_sequence=after_sequence)
         self._examination = Examination(
             self._calls[rpc.EVALUATE], opening, self._client, spec, depth, self._clock, self.flow
         )
@@ -104,7 +183,7 @@ class Connection:
     ) -> State:
         """Gives a part, or none, and gets one, or none: see SyncPurpose. Waits for the other clients."""
         self.check_open()
-        head = pb.Weights(session=self._session, epoch=epoch, purpose=purpose, samples=samples)
+        head = pb.Weights(session=self.session, epoch=epoch, purpose=purpose, samples=samples)
         with telling(), self._clock("wait"):
             responses = self._calls[rpc.SYNC_WEIGHTS](codec.pack_weights(pb.SyncWeightsRequest, head, state))
             first = following(responses)
@@ -114,25 +193,49 @@ class Connection:
         """Waits until the server has trained on all that was sent."""
         while self._segments:
             self._segments.pop(0).receipt()
+        if self._delivery:
+            self._delivery.settle()
+        self._fruitless = 0
+
+    def keep(self, last: int) -> None:
+        """Waits until the batches up to this number will be delivered whatever happens to this process."""
+        if self._delivery:
+            self._delivery.kept(last)
 
     def leave(self, measurements: pb.Measurements) -> None:
-        """Says goodbye, once all is settled."""
-        self.settle()
-        self._leaving = True
-        request = pb.LeaveRequest(session=self._session, measurements=measurements)
-        with telling():
-            self._calls[rpc.LEAVE](request, timeout=ANSWER_S)
+        """Says goodbye, once all is settled. In a run that lasts, as often as it takes to be heard."""
+        while True:
+            generation = self.generation
+            try:
+                self.settle()
+                self._leaving = True
+                request = pb.LeaveRequest(session=self.session, measurements=measurements)
+                with telling():
+                    self._calls[rpc.LEAVE](request, timeout=ANSWER_S)
+                return
+            except ClosedError as error:
+                self._leaving = False
+                try:
+                    self.come_back(error, generation)
+                except RefusedError as refused:
+                    if "has left" in str(refused):
+                        return  # it was heard, and its answer was lost
+                    raise
 
     def close(self, failure: str = "") -> None:
         """Ends the membership. A failure is told to the server if it is still there."""
-        if failure and self._session and not self._over:
+        if failure and self.session and not self._over:
             try:
-                request = pb.LeaveRequest(session=self._session, failure=failure)
+                request = pb.LeaveRequest(session=self.session, failure=failure)
                 self._calls[rpc.LEAVE](request, timeout=2)
             except grpc.RpcError:
                 pass  # it has gone, or does not know us: there is no one to tell
+        self._leaving_for_good = True
+        reason = ClosedError(failure or "this client has left the run")
         for segment in self._segments:
-            segment.fail(ClosedError(failure or "this client has left the run"))
+            segment.fail(reason)
+        if self._delivery:
+            self._delivery.close(reason)
         self._channel.close()
 
     def _connect(self, patience: float) -> None:
@@ -166,19 +269,45 @@ class Connection:
             response_deserializer=traffic.reading(which, "down", read),
         )
 
-    def _watch(self, membership: Any) -> None:
+    def _open(self) -> None:
+        self._channel = _channel(self._target, self._credentials)
+        self._calls = {which: self._prepared(which, self._traffic) for which in rpc.RPCS}
+
+    def _drop(self) -> None:
+        """What is left of a membership that is over."""
+        over = self._over or ClosedError("this client joins anew")
+        for segment in self._segments:
+            segment.fail(over)
+        self._segments.clear()
+        self._channel.close()
+
+    def _watch(self, membership: Any, generation: int) -> None:
         try:
-            for _ in membership:
-                pass
+            for told_ in membership:
+                durable = rpc.judged(told_).durable
+                self.memory.throw_away(durable.sequence)
+                self._fruitless = 0
             over: SplitLearningError = ClosedError("the server ended this client's membership")
         except grpc.RpcError as error:
             over = told(error)
-        if not self._leaving:
-            self._over = over
-            for segment in list(self._segments):
-                segment.fail(over)
-            if self._examination:
-                self._examination.fail(over)
+        except SplitLearningError as error:
+            over = error
+        if self._leaving or generation != self.generation:
+            return
+        self._over = over
+        for segment in list(self._segments):
+            segment.fail(over)
+        if self._examination:
+            self._examination.fail(over)
+        if self._delivery and not (self._lasting and is_passing(over)):
+            self._delivery.close(over)
+
+
+def is_passing(error: SplitLearningError) -> bool:
+    """Whether who comes back may find it gone."""
+    return isinstance(error, ClosedError | SequenceError | DigestError) and not isinstance(
+        error, RefusedError
+    )
 
 
 def _channel(target: str, credentials: tls.Credentials | None) -> grpc.Channel:

@@ -8,9 +8,9 @@ number of bytes over the epochs, late: features that are not ready teach the ser
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -46,6 +46,12 @@ class Pace(Protocol):
         """A method's wire, that sends by this segment what it chooses to."""
         ...
 
+    def state(self) -> dict[str, Any]:
+        """What it goes on from, in terms of JSON."""
+        ...
+
+    def load(self, state: Mapping[str, Any]) -> None: ...
+
 
 class Weights:
     """Bytes of a sample in each codec of the ladder, as last weighed; at first, at most."""
@@ -56,6 +62,12 @@ class Weights:
 
     def __getitem__(self, name: str) -> float:
         return self._bytes[name]
+
+    def state(self) -> dict[str, float]:
+        return dict(self._bytes)
+
+    def load(self, state: Mapping[str, float]) -> None:
+        self._bytes = dict(state)
 
     def weigh(self, batch: Smashed) -> None:
         """Encodes it in every codec, and sends nothing."""
@@ -128,6 +140,13 @@ class Adaptive:
                 self._look(window, batch)
 
         return wire
+
+    def state(self) -> dict[str, Any]:
+        return {"rung": self._rung, "holds": self._holds, "counts": dict(self.counts)}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self._rung, self._holds = state["rung"], list(state["holds"])
+        self.counts = Counter(state["counts"])
 
     def _now(self) -> tuple[float, int, float]:
         return time.perf_counter(), self._flow.bytes, self._flow.seconds
@@ -210,6 +229,23 @@ class Thrifty:
                 f"{epoch + 1} go as {self._choice}{seldom}"
             )
         return self._began
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "spent": self.spent,
+            "began": self._began,
+            "every": self._every,
+            "choice": self._choice,
+            "weighed": self._weighed,
+            "weights": self._weights.state(),
+            "counts": dict(self.counts),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.spent, self._began, self._every = state["spent"], state["began"], state["every"]
+        self._choice, self._weighed = state["choice"], state["weighed"]
+        self._weights.load(state["weights"])
+        self.counts = Counter(state["counts"])
 
     def over(self, segment: Segment) -> Wire:
         index = 0

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import grpc
 import torch
@@ -22,10 +22,12 @@ from torch import Tensor
 
 from common.errors import (
     ClosedError,
+    DigestError,
     ForbiddenError,
     FullError,
     IdentityError,
     RefusedError,
+    SequenceError,
     SplitLearningError,
     TakenError,
     WireError,
@@ -36,7 +38,7 @@ from common.wire import codec
 from common.wire import split_learning_pb2 as pb
 from common.wire.codec import BatchSpec
 from common.wire.pieces import Piece, serialized_size
-from common.wire.rpc import judged
+from common.wire.rpc import EXPECTED, judged
 from dsl_client.channel import Channel
 
 T = TypeVar("T")
@@ -45,7 +47,7 @@ Call = Callable[[Pieces], Any]  # starts a call; its requests are pulled as they
 
 _ERRORS: dict[grpc.StatusCode, type[SplitLearningError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: WireError,
-    grpc.StatusCode.ABORTED: WireError,
+    grpc.StatusCode.DATA_LOSS: DigestError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: FullError,
     grpc.StatusCode.FAILED_PRECONDITION: RefusedError,
     grpc.StatusCode.ALREADY_EXISTS: TakenError,
@@ -57,9 +59,18 @@ _ERRORS: dict[grpc.StatusCode, type[SplitLearningError]] = {
 def told(error: Any) -> SplitLearningError:
     """An RPC's failure as an error of ours, in one line."""
     code, details = error.code(), " ".join(str(error.details()).split())
+    if code is grpc.StatusCode.ABORTED:
+        return SequenceError(details, _expected(error))
     if code in _ERRORS:
         return _ERRORS[code](details)
     return ClosedError(f"the server went away ({code.name}: {details})")
+
+
+def _expected(error: Any) -> int:
+    """The number that was due, as the server says beside."""
+    trailers = dict(error.trailing_metadata() or ())
+    number = str(trailers.get(EXPECTED, ""))
+    return int(number) if number.isdecimal() else 0
 
 
 @contextmanager
@@ -94,9 +105,13 @@ class Flow:
 class Outgoing:
     """A call whose frames are put one by one; gRPC's thread packs and sends them meanwhile."""
 
-    def __init__(self, start: Call, opening: Piece[Any], depth: int, clock: Clock, flow: Flow) -> None:
-        self._outbox, self._depth = Channel[Pieces](depth), depth
+    def __init__(
+        self, start: Call, opening: Piece[Any], depth: int, clock: Clock, flow: Flow, seals: bool = False
+    ) -> None:
+        """seals: batches have digests."""
+        self._outbox, self._depth, self._seals = Channel[Pieces](depth), depth, seals
         self._opening, self._clock, self._flow = opening, clock, flow
+        self._one_way = isinstance(opening.head, pb.StreamActivationsRequest)
         self._reason: SplitLearningError | None = None
         self.call = start(self._requests())
         if not self.call.add_callback(self._ended):
@@ -129,6 +144,15 @@ class Outgoing:
         except grpc.RpcError as error:
             raise self._reason or told(error) from None
 
+    def receipt(self) -> None:
+        """Waits until the server has learned of all of it. Raises why it has not."""
+        with self.telling():
+            if self._one_way:
+                judged(self.call.result())
+            else:
+                for _ in self.call:
+                    raise WireError("the server answered a batch that was not sent")
+
     def following(self) -> tuple[Piece[Any], Pieces]:
         """The first message of the next answer, and those after it. Raises why there is none."""
         with self.telling():
@@ -144,6 +168,8 @@ class Outgoing:
         try:
             for pieces in self._outbox:
                 self._flow.wait(-1)
+                if self._seals:
+                    pieces = iter(codec.sealed(pieces))
                 for piece in self._clock.iterator("encode", pieces):
                     start = time.perf_counter()
                     yield piece  # gRPC comes back when it has taken this one
@@ -158,27 +184,71 @@ class Outgoing:
             self.fail(told(self.call))
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """The batches that an epoch sends: see Segment in the protocol. first_epoch: in which sending began."""
+
+    epoch: int
+    first_sequence: int
+    batches: int
+    samples: int
+    first_epoch: int = 0
+
+    @property
+    def last_sequence(self) -> int:
+        return self.first_sequence + self.batches - 1
+
+    def opening(self, session: str, place: int = 0, before: int = 0) -> pb.Segment:
+        """A call's for what is left of it, after so many batches of so many samples."""
+        return pb.Segment(
+            session=session,
+            epoch=self.epoch,
+            first_sequence=self.first_sequence + place,
+            batches=self.batches - place,
+            samples=self.samples - before,
+            first_epoch=self.first_epoch,
+            place=place,
+        )
+
+
+class Stream(Protocol):
+    """Where a segment's frames are put: an `Outgoing`, or what outlives its calls."""
+
+    @property
+    def full(self) -> bool: ...
+
+    def put(self, pieces: Pieces, wait: bool = True) -> None: ...
+
+    def finish(self) -> None: ...
+
+    def fail(self, reason: SplitLearningError) -> None: ...
+
+    def receipt(self) -> None: ...
+
+
 class Segment:
-    """One client's batches of one epoch. Call it with what the method sends; it gives what comes back."""
+    """One client's batches of one epoch. Call it with what the method sends; it gives what comes back.
+
+    stretch: the epoch's batches. place: how many of them were sent before, by another call.
+    """
 
     def __init__(
         self,
-        start: Call,
-        opening: pb.Segment,
+        stream: Stream,
+        stretch: Stretch,
         client: int,
         spec: BatchSpec,
         method: Method,
-        depth: int,
         clock: Clock,
-        flow: Flow,
+        place: int = 0,
     ) -> None:
         self._kind = pb.StreamActivationsRequest if method.one_way else pb.TrainRequest
         self._client, self._spec, self._method, self._clock = client, spec, method, clock
-        self._first = opening.first_sequence
-        self._sequence = opening.first_sequence - 1
+        self._first = stretch.first_sequence
+        self._sequence = stretch.first_sequence + place - 1
         self._shape: tuple[int, ...] = ()  # of the last batch's activations
         self._skips: list[Piece[Any]] = []  # of which the server is still to be told
-        self._stream = Outgoing(start, Piece(self._kind(segment=opening)), depth, clock, flow)
+        self._stream = stream
         self.server_loss: float | None = None  # of the last batch that was answered
 
     def __call__(self, sent: Sent) -> Tensor | None:
@@ -234,12 +304,7 @@ class Segment:
 
     def receipt(self) -> None:
         """Waits until the server has trained on all of it. Raises why it has not."""
-        with self._stream.telling():
-            if self._method.one_way:
-                judged(self._stream.call.result())
-            else:
-                for _ in self._stream.call:
-                    raise WireError("the server answered a batch that was not sent")
+        self._stream.receipt()
 
     def _put(self, pieces: Pieces) -> None:
         with self._clock("wait"):
@@ -258,8 +323,12 @@ class Segment:
     def _wanted(self) -> bool:
         return self._method.answered(self._sequence - self._first)
 
+    def _following(self) -> tuple[Piece[Any], Pieces]:
+        assert isinstance(self._stream, Outgoing), "what is answered is sent by one call"
+        return self._stream.following()
+
     def _gradient(self, device: torch.device) -> Tensor | None:
-        first, rest = self._stream.following()
+        first, rest = self._following()
         gradient, loss = codec.unpack_gradient(first, rest, self._sequence, self._shape, self._spec)
         if self._method.tail is Tail.NONE:
             self.server_loss = loss
@@ -268,7 +337,7 @@ class Segment:
         return None if gradient is None else gradient.to(device)
 
     def _output(self, z: Tensor) -> Tensor:
-        first, rest = self._stream.following()
+        first, rest = self._following()
         shape = (len(z), *self._spec.output_shape)
         return codec.unpack_output(first, rest, self._sequence, shape, self._spec).to(z.device)
 

@@ -8,17 +8,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from common.errors import ClosedError, RefusedError, WireError
 from common.meter import Clock
-from common.methods.base import ClientPart, ClientStep, Method, Sent, Smashed, Tail, run_step
+from common.methods.base import (
+    ClientPart,
+    ClientStep,
+    Method,
+    Sent,
+    Smashed,
+    Tail,
+    is_waypoint,
+    run_step,
+)
 from common.optim import learning_rate, progress_of, set_learning_rate
-from common.parts import averaged_state, head_state, load_state, specs, state_of
+from common.parts import averaged_state, copied, head_state, load_state, specs, state_of
 from common.run import Run
 from common.wire import split_learning_pb2 as pb
 from common.wire.codec import BatchSpec
 from dsl_client.batches import Batches
 from dsl_client.connection import Connection
+from dsl_client.memory import Memory, Snapshot
 from dsl_client.pace import Weights, pace_of
-from dsl_client.stream import Segment
+from dsl_client.stream import Segment, Stretch
 
 
 @dataclass(frozen=True)
@@ -55,12 +66,20 @@ class Trainer:
         clock: Clock,
         on_choice: Callable[[str], None] = lambda _: None,
     ) -> None:
+        connection.goes_on(run, method)
+        memory = connection.memory
+        keeps = run.lasts and (method.goes_back or memory.lasting)
+        self._memory: Memory | None = memory if keeps else None  # of its states
         weights = Weights(spec.travel, client, spec.cut_shape)
         self.pace = pace_of(run, method, weights, connection.flow, on_choice)
         self._run, self._client, self._method, self._part = run, client, method, part
         self._connection, self._spec, self._clock = connection, spec, clock
-        self._sequence = 0
+        self.sequence = 0  # of the last batch that was sent, or will be
+        self._epochs = self._batch = 0  # that were trained, and batches of the next epoch
+        self._total: Tensor | None = None  # the client's own loss, summed over them
         self._averaged = 0  # epochs that the last average was of
+        self._once: int | None = None  # the last number before what is sent when all epochs are over
+        self._kept_at = time.monotonic()
 
     def train(
         self,
@@ -69,32 +88,59 @@ class Trainer:
         on_step: Callable[[Step], None] = lambda _: None,
         on_scored: Callable[[Scored], None] = lambda _: None,
     ) -> None:
-        """All epochs. Raises ClosedError, with the reason, when the run ends before."""
-        for epoch in range(self._run.epochs):
-            last = epoch == self._run.epochs - 1
-            self._connection.check_open()  # where nothing is sent yet, nothing else would tell
-            self._take_turn(epoch)
-            with self._clock("train"):
-                loss = self._epoch(epoch, data, on_step)
-                if last:
-                    self._connection.settle()  # so that this time includes the server's
-            self._average(epoch, data.samples * (epoch + 1 - self._averaged))
-            self._renew_head(epoch)
-            if last and self._method.afterwards:
-                with self._clock("train"):
-                    self._send_once(data, self._method.afterwards)
-            if self._run.evaluates(epoch) and self._scores(epoch):
-                on_scored(self._evaluate(epoch, test, loss))
-            self._end_turn(epoch)
+        """All epochs. Raises ClosedError, with the reason, when the run ends before.
 
-    def _epoch(self, epoch: int, data: Batches, on_step: Callable[[Step], None]) -> Tensor | None:
-        """Trains on each batch once; the client's own mean loss () over the epoch, if it has one."""
+        In a run that lasts, one that the connection can mend is no end: the client goes on, or back to where
+        the server is.
+        """
+        self._begin()
+        while self._epochs < self._run.epochs:
+            generation = self._connection.generation
+            try:
+                self._train_epoch(self._epochs, data, test, on_step, on_scored)
+            except (ClosedError, WireError) as error:
+                received = self._connection.come_back(error, generation)
+                if self._method.goes_back:
+                    self._go_back(received)
+
+    def _train_epoch(
+        self,
+        epoch: int,
+        data: Batches,
+        test: Batches,
+        on_step: Callable[[Step], None],
+        on_scored: Callable[[Scored], None],
+    ) -> None:
+        """From where it is. All that comes after its batches may be done again, and then changes nothing."""
+        last = epoch == self._run.epochs - 1
+        self._connection.check_open()  # where nothing is sent yet, nothing else would tell
+        if self._batch == 0:
+            self._take_turn(epoch)
+        with self._clock("train"):
+            self._epoch(epoch, data, on_step)
+            if last:
+                self._connection.settle()  # so that this time includes the server's
+        loss = None if self._total is None else self._total / data.samples
+        self._average(epoch, data.samples * (epoch + 1 - self._averaged))
+        self._renew_head(epoch)
+        if last and self._method.afterwards:
+            with self._clock("train"):
+                self._send_once(data, self._method.afterwards)
+        if self._run.evaluates(epoch) and self._scores(epoch):
+            on_scored(self._evaluate(epoch, test, loss))
+        self._end_turn(epoch)
+        self._epochs, self._batch, self._total = epoch + 1, 0, None
+        if self._run.averages(epoch):
+            self._averaged = epoch + 1
+        self._keep(waypoint=True)
+
+    def _epoch(self, epoch: int, data: Batches, on_step: Callable[[Step], None]) -> None:
+        """Trains on each batch that is left, once."""
         batches, method = len(data), self._method
         sent = method.sent(epoch, batches)
-        segment = self._segment(epoch, data, sent) if sent else None
+        segment = self._segment(epoch, data, sent) if sent and self._batch <= sent[-1] else None
         paced = self.pace.over(segment) if self.pace and segment else segment
-        total: Tensor | None = None
-        for index, (x, y) in enumerate(data.epoch(epoch)):
+        for index, (x, y) in enumerate(data.epoch(epoch, self._batch), self._batch):
             rate = learning_rate(self._run, progress_of(self._run, epoch, index, batches))
             set_learning_rate(self._part.optimizer, rate)
             start = time.perf_counter()
@@ -102,32 +148,101 @@ class Trainer:
             loss = run_step(method.client_step(self._part, x, y), wire)
             self._clock.add("step", time.perf_counter() - start)
             if loss is not None:
-                total = loss * len(y) + (0 if total is None else total)
+                self._total = loss * len(y) + (0 if self._total is None else self._total)
+            self._batch = index + 1
+            self.sequence += index in sent
+            self._keep(is_waypoint(index, batches))
             shown = segment.server_loss if loss is None and segment else loss
             on_step(Step(epoch, index + 1, batches, len(y), shown))
         if segment:
             segment.finish()
-        return None if total is None else total / data.samples
 
     def _send_once(self, data: Batches, step: ClientStep) -> None:
         """Sends every batch once, when all epochs are over, and waits until the server has it."""
-        last = self._run.epochs - 1
-        segment = self._segment(last, data, range(len(data)))
+        if self._once is None:
+            self._once = self.sequence
+        every = range(len(data))
+        stretch = Stretch(self._run.epochs - 1, self._once + 1, len(every), data.samples)
+        segment = self._connection.segment(stretch, self._spec, self._method, self._run.outbox)
         for x, y in data.plain():
             run_step(step(self._part, x, y), segment)
         segment.finish()
+        self.sequence = stretch.last_sequence
         self._connection.settle()
 
     def _segment(self, epoch: int, data: Batches, sent: range) -> Segment:
-        samples = sum(data.size(index) for index in sent)
-        first, self._sequence = self._sequence + 1, self._sequence + len(sent)
-        began = self.pace.begin(epoch, samples) if self.pace else self._method.first_epoch
-        return self._connection.segment(
-            epoch, first, len(sent), samples, self._spec, self._method, self._run.outbox, began
+        """For what is left of these batches of the epoch."""
+        sizes = [data.size(index) for index in sent]
+        place = sum(index < self._batch for index in sent)
+        began = self.pace.begin(epoch, sum(sizes)) if self.pace else self._method.first_epoch
+        stretch = Stretch(epoch, self.sequence + 1 - place, len(sent), sum(sizes), began)
+        before = sum(sizes[:place])
+        return self._connection.segment(stretch, self._spec, self._method, self._run.outbox, place, before)
+
+    # ------------------------------------------------------------ where it was
+
+    def _begin(self) -> None:
+        """From the first batch, or from where the process before was."""
+        if self._memory is None:
+            return
+        snapshot = self._memory.recalled()
+        if snapshot is None:
+            self._keep(waypoint=True)
+        if self._method.goes_back:
+            self._go_back(self._connection.received)
+        elif snapshot is not None:
+            self._load(snapshot)
+
+    def _keep(self, waypoint: bool) -> None:
+        """What the client is now: after every step where it may have to go back to it, else now and then."""
+        if self._memory is None:
+            return
+        now = time.monotonic()
+        if not self._method.goes_back:
+            if now - self._kept_at < self._run.checkpoint_every and self._batch:
+                return
+            self._connection.keep(self.sequence)
+        self._kept_at = now
+        tensors = copied(state_of(self._part)) | {"chance": torch.get_rng_state()}
+        if self._total is not None:
+            tensors["total"] = self._total.detach().cpu().clone()
+        facts = {
+            "epochs": self._epochs,
+            "batch": self._batch,
+            "averaged": self._averaged,
+            "pace": self.pace.state() if self.pace else {},
+        }
+        self._memory.keep(Snapshot(self.sequence, tensors, facts, waypoint), self._method.goes_back)
+
+    def _go_back(self, received: int) -> None:
+        """To where the server is; or to the step before it, whose answer the server has still.
+
+        Raises RefusedError when the client was not there.
+        """
+        assert self._memory is not None, "it goes back"
+        for sequence in (received, received - 1):
+            if (snapshot := self._memory.recalled(sequence)) is not None:
+                self._load(snapshot)
+                self._memory.forget_after(snapshot)
+                return
+        raise RefusedError(
+            f"the server has this client's batches up to {received}, and the client no state from there: is "
+            "its --state that of this run, and whole?"
         )
 
+    def _load(self, snapshot: Snapshot) -> None:
+        facts, tensors = snapshot.facts, dict(snapshot.tensors)
+        self._epochs, self._batch, self._averaged = facts["epochs"], facts["batch"], facts["averaged"]
+        self.sequence = snapshot.sequence
+        torch.set_rng_state(tensors.pop("chance"))
+        total = tensors.pop("total", None)
+        self._total = None if total is None else total.to(next(self._part.bottom.parameters()).device)
+        load_state(self._part, tensors)
+        if self.pace:
+            self.pace.load(facts["pace"])
+
     def _evaluate(self, epoch: int, test: Batches, loss: Tensor | None) -> Scored:
-        examination = self._connection.evaluation(epoch, self._sequence, self._spec, self._run.outbox)
+        examination = self._connection.evaluation(epoch, self.sequence, self._spec, self._run.outbox)
         joined, alone = _Tally(), _Tally()
         part = self._part
         for module in part.modules.values():
@@ -172,7 +287,6 @@ class Trainer:
             state = averaged_state(self._part, self._method)
             purpose = pb.SYNC_PURPOSE_AVERAGE
             load_state(self._part, self._connection.sync(purpose, epoch, state, samples, specs(state)))
-            self._averaged = epoch + 1
 
     def _renew_head(self, epoch: int) -> None:
         """Takes the head that the server has made for this client, when one is due."""

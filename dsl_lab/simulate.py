@@ -65,7 +65,7 @@ def federate(
                 load_state(part, mean)
         if method.new_head and (epoch + 1) % method.head_every == 0:
             for index, part in enumerate(clients):
-                load_state(part, head_state(server.new_head(index)))
+                load_state(part, head_state(server.new_head(index, epoch)))
     if method.afterwards:
         _send_once(run, method.afterwards, clients, server, data, travel)
         server.end_round()

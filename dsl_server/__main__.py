@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -11,7 +12,7 @@ from typing import Any
 import tyro
 
 from common import cli, tls
-from common.errors import ClosedError, ConfigError
+from common.errors import ClosedError, ConfigError, StaleError
 from common.progress import Progress, megabytes
 from common.run import Run, defaults_from
 
@@ -35,8 +36,14 @@ class Options:
     """Where to compute: auto, cpu, cuda or cuda:N."""
     out: Path | None = None
     """Where run.json, metrics.jsonl, checkpoint/ and summary.json go; else runs/<time>-<name>-server."""
+    resume: Path | None = None
+    """Go on with the run in this folder (the --out of a run with --checkpoint-every), from its newest
+    checkpoint. The run's settings are those that it has."""
     print_config: bool = False
     """Print the run's settings as TOML, and end."""
+
+
+DRAIN_S = 20.0  # for what has come to be learned from and saved, when the process is asked to end
 
 
 def main() -> None:
@@ -59,21 +66,26 @@ def _serve(options: Options) -> int:
     tls.check_exposure("--listen", options.listen, options.certs, options.insecure)
     credentials = tls.Credentials.read(options.certs, "server") if options.certs else None
     from common.methods import settled  # these import torch
-    from common.rundir import RunFolder
+    from common.rundir import Held, RunFolder, run_of
     from dsl_server.server import Server
 
-    run = settled(options.run)
+    run = run_of(options.resume) if options.resume else settled(options.run)
     device = cli.device_of(options.device)
-    folder = RunFolder(options.out, run, "server")
+    folder = RunFolder(options.resume or options.out, run, "server", goes_on=options.resume is not None)
+    held = Held(folder.path, "--resume" if options.resume else "--out")
     progress = Progress(PROGRAM)
 
     def lost(reason: ClosedError) -> None:
         progress.log(f"{reason}; the others go on")
 
-    server = Server(run, options.listen, device, folder, lost, credentials)
+    def trouble(text: str) -> None:
+        progress.log(f"WARNING: {text}")
+
+    resume = options.resume is not None
+    server = Server(run, options.listen, device, folder, lost, credentials, trouble, resume)
     stopping = ClosedError("the run is over")
     with progress:
-        progress.log(_greeting(options, server.port, str(device)))
+        progress.log(_greeting(options, run, server.port, str(device)))
         server.start()
         try:
             while not server.wait(timeout=0.2):
@@ -81,15 +93,22 @@ def _serve(options: Options) -> int:
             summary = server.finish()
         except cli.Stopped as stopped:
             stopping = ClosedError(f"the server was stopped ({stopped})")
-            raise
+            if not run.lasts or stopped.number != signal.SIGTERM:
+                raise
+            stopping = StaleError("the server is draining: it will be back")
+            server.drain(stopping, DRAIN_S)
+            progress.log(f"drained: go on with --resume {folder.path}")
+            return 0
         finally:
             server.stop(stopping)
-        progress.log(_result(summary, folder.path, [m for m in server.rounds.members() if m.lost]))
+            held.release()
+        progress.log(
+            _result(summary, folder.path, [account for account in server.rounds.members() if account.lost])
+        )
     return 0
 
 
-def _greeting(options: Options, port: int, device: str) -> str:
-    run = options.run
+def _greeting(options: Options, run: Run, port: int, device: str) -> str:
     host = options.listen.rpartition(":")[0]
     host = "THIS-HOST" if host in ("0.0.0.0", "[::]") else host
     also = " --certs FOLDER" if options.certs else " --insecure" if options.insecure else ""
@@ -102,7 +121,7 @@ def _greeting(options: Options, port: int, device: str) -> str:
 
 def _line(server: Any) -> str:
     record, run = server.record, server.run
-    here = sum(not member.lost for member in server.rounds.members())
+    here = sum(account.present or account.left for account in server.rounds.members())
     accuracy = record.test["accuracy"]
     return "  ".join(
         [

@@ -1,4 +1,4 @@
-"""Who came, was refused, left or was lost: a line each in audit.jsonl."""
+"""Who came, went, was refused or lost, and what was saved: a line each in audit.jsonl."""
 
 import time
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from urllib.parse import unquote
 from common.errors import ClosedError
 from common.rundir import RunFolder
 
-Event = Literal["joined", "refused", "left", "lost"]
+Event = Literal["joined", "came back", "refused", "away", "left", "lost", "checkpoint"]
 
 
 class Audit:

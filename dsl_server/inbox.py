@@ -13,6 +13,9 @@ How the lanes are served:
   is one group. Where there is a `timeout`, a tick that holds batches up for longer goes on without
   those it waits for, as long as the others make the quorum: their batches join a later one.
 
+A checkpoint is made between ticks, when it is asked for. Where clients can go back to certain batches only
+(`in_step`), it waits until what was served last of each is one of these; meanwhile who is there waits.
+
     lane 0  | b b b End |b b b End          tick 1: 0 1 2   tick 2: 0 1 2   tick 3: 0 2
     lane 1  | b b End ·  ·|b b End                                          (1 waits for the epoch's end)
     lane 2  | b b b End |b b b End
@@ -20,7 +23,7 @@ How the lanes are served:
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -32,6 +35,7 @@ from common.errors import ClosedError
 from common.methods.base import Gather
 from common.methods.hosting import Hosting
 from common.wire.codec import Arrived
+from dsl_server.ledger import Mark
 
 
 @dataclass(frozen=True)
@@ -75,13 +79,16 @@ class Job:
     """One client's batch to train on, and the place where its answer will appear.
 
     progress: the fraction of the run that lies before it, which sets the learning rate. wanted: the
-    client waits for its gradient.
+    client waits for its gradient. mark: how far its client has come with it. waypoint: the client can come
+    back to where it is after this one.
     """
 
     client: int
     batch: Arrived
     progress: float
     wanted: bool = True
+    mark: Mark = field(default_factory=Mark)
+    waypoint: bool = True
     answer: Future[Trained] = field(default_factory=Future)
     through_tail: ThroughTail = field(default_factory=ThroughTail)
 
@@ -108,6 +115,7 @@ class EpochEnd:
     """No more batches from this client in this epoch."""
 
     client: int
+    mark: Mark = field(default_factory=Mark)
 
 
 @dataclass(frozen=True)
@@ -116,19 +124,25 @@ class RoundEnd:
 
 
 @dataclass(frozen=True)
+class Save:
+    """Time for a checkpoint: all that was served has been learned of, and nothing else."""
+
+
+@dataclass(frozen=True)
 class Spare:
     """Nothing waits: time for what the trainer has of its own to do."""
 
 
 Item = Job | Errand | EpochEnd
-Work = Sequence[Job] | Errand | RoundEnd | Spare
+Work = Sequence[Job] | Errand | RoundEnd | Save | Spare
 
 
 class Inbox:
     """timeout: seconds for which a tick may wait for a client, counted once all have joined; 0: no end.
 
     can_spare: whether the trainer has something of its own to do when nothing waits, which it tells as often
-    as that is so; asked only where batches are served as they come.
+    as that is so; asked only where batches are served as they come. in_step: clients come back to waypoints
+    only. on_epoch_end: told of each that is taken, in fixed order.
     """
 
     def __init__(
@@ -140,8 +154,12 @@ class Inbox:
         timeout: float = 0.0,
         quorum: int = 1,
         can_spare: Callable[[], bool] = lambda: False,
+        in_step: bool = False,
+        on_epoch_end: Callable[[EpochEnd], None] = lambda _: None,
     ) -> None:
-        self._can_spare = can_spare
+        self._can_spare, self._in_step, self._on_epoch_end = can_spare, in_step, on_epoch_end
+        self._save_due = False
+        self._astray: set[int] = set()  # those whose batch that was served last is no waypoint
         self._lanes: list[deque[Item]] = [deque() for _ in range(clients)]
         self._tick: deque[Work] = deque()  # taken from the lanes, not yet served
         self._served: Work = ()  # what was given last
@@ -161,6 +179,18 @@ class Inbox:
         """The client is there; what it has to send may still take it a while."""
         with self._changed:
             self._to_join.discard(client)
+            self._changed.notify_all()
+
+    def resume(self, gone: Collection[int], ended: Collection[int]) -> None:
+        """Goes on after a checkpoint: without those clients, and with these at the end of their epoch."""
+        with self._changed:
+            self._members -= set(gone)
+            self._in_epoch -= {*gone, *ended}
+
+    def ask_save(self) -> None:
+        """A checkpoint is due, as soon as one can be made."""
+        with self._changed:
+            self._save_due = True
             self._changed.notify_all()
 
     def put(self, item: Item) -> None:
@@ -220,25 +250,44 @@ class Inbox:
     def _next(self) -> Work | None:
         with self._changed:
             while not self._tick:
+                if self._can_save():
+                    self._save_due, self._served = False, Save()
+                    return self._served
                 if not (self._fixed_order or self._ready()) and self._can_spare():
                     self._served = Spare()
                     return self._served
                 self._wait()
+                if self._can_save():
+                    continue
                 if self._closed or not self._active():
                     return None
                 self._tick.extend(self._in_order() if self._fixed_order else self._as_they_come())
                 self._changed.notify_all()
             self._served = self._tick.popleft()
+            for job in answered(self._served):
+                if isinstance(job, Job):
+                    (self._astray.discard if job.waypoint else self._astray.add)(job.client)
             return self._served
 
     def _wait(self) -> None:
         """Until there is something to take: a whole tick, or what is there of it when its time is up."""
-        while not self._ready():
+
+        def over() -> bool:
+            return self._ready() or self._can_save()
+
+        while not over():
             if not self._holds_up():
                 self._changed.wait()
-            elif not self._changed.wait_for(lambda: self._ready() or not self._holds_up(), self._timeout):
+            elif not self._changed.wait_for(lambda: over() or not self._holds_up(), self._timeout):
                 self._check_quorum()
                 return
+
+    def _can_save(self) -> bool:
+        return self._save_due and not self._closed and not self._held()
+
+    def _held(self) -> bool:
+        """Whether a checkpoint that is due must wait for some of those that are here."""
+        return self._in_step and bool(self._astray & self._members)
 
     def _holds_up(self) -> bool:
         """Whether there are batches that may not wait for ever for the rest of their tick."""
@@ -271,16 +320,26 @@ class Inbox:
             return True
         active = self._active()
         if not self._fixed_order:
-            return not active or any(self._lanes[c] for c in active)
+            return not active or any(self._lanes[c] for c in self._served_now())
         return all(self._lanes[c] for c in active if c in self._in_epoch)
 
     def _as_they_come(self) -> list[Work]:
-        return self._grouped([lane.popleft() for lane in self._lanes if lane])
+        lanes = [self._lanes[c] for c in self._served_now()]
+        return self._grouped([lane.popleft() for lane in lanes if lane])
+
+    def _served_now(self) -> list[int]:
+        """Those whose batches are taken as they come: for a checkpoint only who is still astray."""
+        active = self._active()
+        return [c for c in active if c in self._astray] if self._save_due and self._held() else active
 
     def _in_order(self) -> list[Work]:
         """One step of the fixed order: ends of epochs first, then errands, then batches."""
         self._in_epoch &= set(self._active())
-        self._in_epoch -= {lane.popleft().client for lane in self._lanes_with(EpochEnd)}
+        for lane in self._lanes_with(EpochEnd):
+            end = lane.popleft()
+            assert isinstance(end, EpochEnd), "these lanes begin with one"
+            self._on_epoch_end(end)
+            self._in_epoch.discard(end.client)
         if not self._in_epoch:
             self._in_epoch = set(self._active())
             return [RoundEnd()]
@@ -295,7 +354,7 @@ class Inbox:
 
 def answered(work: Work) -> Sequence[Job | Errand]:
     """Those in it that somebody awaits an answer for."""
-    if isinstance(work, RoundEnd | Spare):
+    if isinstance(work, RoundEnd | Save | Spare):
         return []
     return [work] if isinstance(work, Errand) else work
 

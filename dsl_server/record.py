@@ -2,11 +2,12 @@
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from google.protobuf.json_format import MessageToDict, ParseDict
 
 from common.meter import Clock, Traffic, peak_bytes
 from common.nets.heads import Shape
@@ -46,6 +47,7 @@ class Record:
         self._lock = threading.Lock()
         self._epochs: dict[int, dict[int, Evaluation]] = {}  # by epoch and client
         self._written: set[int] = set()  # epochs that have their line
+        self._lines = 0
         self._lost: set[int] = set()
         self._measurements: list[pb.Measurements] = []
         self._loss_sum, self._loss_samples = 0.0, 0
@@ -103,6 +105,43 @@ class Record:
         self._sockets.read()
         with self._lock:
             self._measurements.append(measurements)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        with self._lock:
+            return {
+                "seconds": self.seconds,
+                "epochs": [
+                    [epoch, client, asdict(evaluation)]
+                    for epoch, evaluations in self._epochs.items()
+                    for client, evaluation in evaluations.items()
+                ],
+                "lines": self._lines,
+                "written": sorted(self._written),
+                "measurements": [
+                    MessageToDict(m, preserving_proto_field_name=True) for m in self._measurements
+                ],
+                "loss": [self._loss_sum, self._loss_samples, self.loss],
+                "facts": list(map(dict, self._facts)),
+                "samples": [self.samples_trained, self.samples_replayed],
+                "epoch": self.epoch,
+                "test": self.test,
+                "wire": self._traffic.by_kind(),
+            }
+
+    def restore(self, state: Mapping[str, Any], lost: Collection[int]) -> None:
+        """Goes on from what `state` gave. Lines of metrics that came later are removed: they come again."""
+        self._start = time.perf_counter() - state["seconds"] if state["seconds"] else None
+        for epoch, client, evaluation in state["epochs"]:
+            self._epochs.setdefault(epoch, {})[client] = Evaluation(**evaluation)
+        self._lines, self._written, self._lost = state["lines"], set(state["written"]), set(lost)
+        self._folder.cut_metrics(self._lines)
+        self._measurements = [ParseDict(known, pb.Measurements()) for known in state["measurements"]]
+        self._loss_sum, self._loss_samples, self.loss = state["loss"]
+        self._facts = list(state["facts"])
+        self.samples_trained, self.samples_replayed = state["samples"]
+        self.epoch, self.test = state["epoch"], state["test"]
+        self._traffic.add(state["wire"])
 
     def write_summary(self) -> dict[str, Any]:
         """Writes and returns summary.json: docs/architecture.md has its meaning line by line."""
@@ -167,6 +206,7 @@ class Record:
                 "wire": {"up": self._traffic.total("up"), "down": self._traffic.total("down")},
             }
         )
+        self._lines += 1
         self._loss_sum, self._loss_samples = 0.0, 0
         self._facts.clear()
 

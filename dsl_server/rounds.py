@@ -1,117 +1,131 @@
 """Who is in the run, what each has delivered, and where clients meet: averages and turns.
 
-A pure matter of threads and numbers: knows no bytes, no sockets, no network.
+A pure matter of threads and numbers: knows no bytes, no sockets, no network. What has been delivered is the
+ledger's; here threads wait for it.
 """
 
-import secrets
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
-from common.errors import ClosedError, FullError, RefusedError, SequenceError, TakenError, WireError
-from common.parts import State, average
+from common.errors import ClosedError, RefusedError, SequenceError, StaleError, WireError
+from common.parts import State, average, copied, found_under, under
 from common.run import Run
+from dsl_server.ledger import Account, Ledger, Mark, Newcomer
 
 PATIENCE_S = 10.0  # how long a call waits for an earlier one of its client that has not begun
 
 
-@dataclass
+@dataclass(frozen=True)
 class Member:
-    """A client of the run. `received`: the highest sequence number that has come, without gaps."""
+    """A client of the run, as long as this session of it lasts."""
 
-    client: int
-    name: str
-    session: str = field(default_factory=lambda: secrets.token_hex(16))
-    received: int = 0
-    receiving: bool = False  # a segment is open
-    left: bool = False
-    lost: ClosedError | None = None  # why it is gone, where the run goes on without it
+    account: Account
+    session: str
 
     @property
-    def gone(self) -> bool:
-        return self.left or self.lost is not None
+    def client(self) -> int:
+        return self.account.client
+
+    @property
+    def name(self) -> str:
+        return self.account.name
 
     def __str__(self) -> str:
-        return f"client {self.client} ({self.name})"
+        return str(self.account)
 
 
 class Rounds:
-    """on_lost: told of each member that the run goes on without, and why."""
+    """on_lost: told of each member that the run goes on without, and why.
+
+    ledger: of a run that goes on after a checkpoint; else a new one.
+    """
 
     def __init__(
         self,
         run: Run,
         on_close: Callable[[ClosedError], None] = lambda _: None,
         on_lost: Callable[[int, ClosedError], None] = lambda *_: None,
+        ledger: Ledger | None = None,
     ) -> None:
         self._run = run
         self._on_close, self._on_lost = on_close, on_lost
-        self._members: dict[str, Member] = {}
+        self.ledger = ledger or Ledger(run.clients)
+        self._receiving: dict[int, str] = {}  # client to the session of its open segment
+        self._floors: dict[int, int] = {}  # client to the number that it need not keep
         self._parts: dict[int, tuple[State, int]] = {}  # of the average being made: client to part
         self._average: State = {}
         self._averages_made = 0
         self._turn = 0  # counts turns over the whole run
         self._relayed: State = {}
         self._closed: ClosedError | None = None
+        self._draining: ClosedError | None = None
         self._changed = threading.Condition()
 
-    def join(self, name: str, once: bool = False) -> Member:
-        """The next free place. Raises FullError when all are taken, ClosedError when it is over.
+    def join(self, who: Newcomer, idle: bool = False) -> Member:
+        """A new session of a client, which may have had a place before.
 
-        once: of this name there is but one. Raises TakenError when it has had a place.
+        idle: wait until nothing of its last session is being received. Raises what `Ledger.join` does,
+        ClosedError when it is over, StaleError when the server is about to stop.
         """
         with self._changed:
             self._check_open()
-            if once and any(member.name == name for member in self._members.values()):
-                raise TakenError(
-                    f"{name!r} has a place in the run; each client needs a certificate of its own"
-                )
-            if len(self._members) == self._run.clients:
-                names = ", ".join(str(m) for m in self._members.values())
-                raise FullError(
-                    f"{name!r} is one too many: the run has places for {self._run.clients} and they are "
-                    f"taken by {names}; start the server with --clients {self._run.clients + 1}"
-                )
-            member = Member(len(self._members), name)
-            self._members[member.session] = member
-            self._changed.notify_all()
+            if self._draining:
+                raise self._draining
+            account = self.ledger.join(who)
+            member = Member(account, account.session)
+            self._changed.notify_all()  # to whom speaks for an earlier session of it
+            if idle:
+                self._changed.wait_for(lambda: self._over(member) or account.client not in self._receiving)
+                self._check_open(member)
             return member
 
     def member(self, session: str) -> Member:
-        """Raises RefusedError unless the session is that of a present member."""
+        """Raises RefusedError unless the session is that of a present member; StaleError where it may come
+        back."""
         with self._changed:
             self._check_open()
-            member = self._members.get(session)
-            if member is None or member.gone:
-                raise RefusedError("this call names no present member of the run; join first")
-            return member
+            try:
+                return Member(self.ledger.account(session), session)
+            except StaleError as error:
+                raise error if self._run.lasts else RefusedError(str(error)) from None
 
-    def members(self) -> list[Member]:
+    def members(self) -> list[Account]:
         with self._changed:
-            return list(self._members.values())
+            return list(self.ledger.accounts)
 
     def leave(self, member: Member) -> None:
         """The member has done all that it was to do."""
         with self._changed:
-            member.left = True
+            member.account.left = True
             self._changed.notify_all()
 
-    def lost(self, member: Member, how: str = "went away before the end of the run") -> ClosedError | None:
-        """The member is gone. Unless it had left, or those that remain are a quorum, so is the run.
+    def away(self, member: Member) -> bool:
+        """The member's connection has gone; whether that is news, and it may come back by another."""
+        with self._changed:
+            if member.account.gone or self._closed or not member.account.identity:
+                return False
+            was_there = self.ledger.away(member.session)
+            self._changed.notify_all()
+            return was_there
+
+    def lost(self, account: Account, how: str = "went away before the end of the run") -> ClosedError | None:
+        """The client is gone. Unless it had left, or those that remain are a quorum, so is the run.
 
         Gives the reason, if this is news.
         """
-        reason = ClosedError(f"{member} {how}")
+        reason = ClosedError(f"{account} {how}")
         with self._changed:
-            if member.gone or self._closed:
+            if account.gone or self._closed:
                 return None
-            lost = 1 + sum(m.lost is not None for m in self._members.values())
+            lost = 1 + sum(bool(other.lost) for other in self.ledger.accounts)
             goes_on = self._run.clients - lost >= self._run.least_clients
             if goes_on:
-                member.lost = reason
+                account.lost = str(reason)
                 self._changed.notify_all()
         if goes_on:
-            self._on_lost(member.client, reason)
+            self._on_lost(account.client, reason)
         else:
             self.close(reason)
         return reason
@@ -125,9 +139,27 @@ class Rounds:
             self._changed.notify_all()
         self._on_close(reason)
 
-    def wait_until_left(self, member: Member) -> None:
-        """Raises the reason if the run ends before, or it is lost."""
-        self._wait_for(lambda: member.left, member)
+    def drain(self, reason: ClosedError) -> None:
+        """From now on nobody joins any more, and no segment begins."""
+        with self._changed:
+            self._draining = reason
+            self._changed.notify_all()
+
+    def next_durable(self, member: Member, known: int) -> int | None:
+        """The number up to which the member need not keep its batches, once it is above `known`; None when it
+        has left. Raises the reason if the run ends before, or its session does."""
+
+        def floor() -> int:
+            return self._floors.get(member.client, 0)
+
+        self._wait_for(lambda: member.account.left or floor() > known, member)
+        return None if member.account.left else floor()
+
+    def keep_from(self, floors: dict[int, int]) -> None:
+        """Of each client, the number up to which every checkpoint that is kept has its batches."""
+        with self._changed:
+            self._floors = floors
+            self._changed.notify_all()
 
     def wait_until_finished(self, timeout: float | None = None) -> bool:
         """Whether every place was taken and all have gone. Raises the reason if the run ends before."""
@@ -140,38 +172,63 @@ class Rounds:
         """
         with self._changed:
             self._wait_until_received(member, first_sequence - 1)
-            self._changed.wait_for(lambda: self._over(member) or not member.receiving)
+            self._changed.wait_for(lambda: self._over(member) or member.client not in self._receiving)
             self._check_open(member)
-            if member.left:
+            if self._draining:
+                raise self._draining
+            if member.account.left:
                 raise RefusedError(f"{member} has left")
-            self.expect(member, first_sequence)
-            member.receiving = True
+            self._expect_at_most(member, first_sequence)
+            self._receiving[member.client] = member.session
 
     def end_segment(self, member: Member) -> None:
         with self._changed:
-            member.receiving = False
+            self._receiving.pop(member.client, None)
             self._changed.notify_all()
+
+    def is_receiving(self, member: Member) -> bool:
+        with self._changed:
+            return member.client in self._receiving
 
     def wait_until_received(self, member: Member, sequence: int) -> None:
         """Until the member's batches up to this number have come. Raises SequenceError if they do not."""
         with self._changed:
             self._wait_until_received(member, sequence)
-            self.expect(member, sequence + 1)
+            due = member.account.laid + 1
+            if sequence + 1 != due:
+                raise SequenceError(f"{member}: batch {sequence + 1} came, but batch {due} is due", due)
 
-    def expect(self, member: Member, sequence: int) -> None:
-        """Raises SequenceError unless this batch of the member is due."""
-        due = member.received + 1
-        if sequence != due:
-            raise SequenceError(f"{member}: batch {sequence} came, but batch {due} is due", due)
-
-    def receive(self, member: Member, sequence: int) -> None:
-        """Counts a batch as received: it lies in the member's lane."""
+    def receive(self, member: Member, sequence: int, samples: int, digest: int, last: bool) -> Mark | None:
+        """As the ledger's. The batch is now to be laid in the member's lane, whatever becomes of its call."""
         with self._changed:
-            member.received = sequence
+            self._check_open(member)
+            return self.ledger.receive(member.account, member.session, sequence, samples, digest, last)
+
+    def laid(self, member: Member, mark: Mark) -> None:
+        """The batch lies in the member's lane: what comes now comes after it."""
+        with self._changed:
+            member.account.laid = mark.sequence
             self._changed.notify_all()
 
-    def average(self, member: Member, epoch: int, part: State, samples: int) -> State:
-        """The mean of the clients' parts of this epoch, once all have come from those that remain.
+    def give_back(self, member: Member) -> None:
+        """What came of the member and could not be applied is due again."""
+        with self._changed:
+            self.ledger.give_back(member.account)
+
+    def apply(self, client: int, mark: Mark) -> None:
+        """The server's part has learned of this client's batches up to the mark."""
+        with self._changed:
+            self.ledger.apply(self.ledger.accounts[client], mark)
+            self._changed.notify_all()
+
+    def wait_until_applied(self, client: int, sequence: int) -> None:
+        """Until the server's part has learned of this client's batch of that number."""
+        account = self.ledger.accounts[client]
+        self._wait_for(lambda: account.applied.sequence >= sequence)
+
+    def average(self, member: Member, epoch: int, part: State, samples: int) -> tuple[State, bool]:
+        """The mean of the clients' parts of this epoch, once all have come from those that remain; and
+        whether the member had given its part for the first time.
 
         The part of a client that was lost after it gave it counts.
         """
@@ -180,9 +237,13 @@ class Rounds:
         with self._changed:
             self._check_open(member)
             number, due = epoch // self._run.sync_every, self._averages_made  # of averages before this one
-            if number != due or not self._run.averages(epoch) or member.client in self._parts:
+            again = number == due - 1 or member.client in self._parts
+            comes_back = bool(member.account.identity)
+            if not self._run.averages(epoch) or not (number == due or again) or (again and not comes_back):
                 last = min((due + 1) * self._run.sync_every, self._run.epochs) - 1
                 raise WireError(f"{member}: the average of epoch {last} is due, not {epoch}")
+            if number < due:
+                return self._average, False  # it had been made when its client went away
             self._parts[member.client] = (part, samples)
             self._changed.notify_all()
             self._wait_for(lambda: self._averages_made > number or self._all_given(), member)
@@ -192,7 +253,7 @@ class Rounds:
                 self._parts.clear()
                 self._averages_made += 1
                 self._changed.notify_all()
-            return self._average  # the next one cannot be made before this member has come back
+            return self._average, not again  # the next one cannot be made before this member has come back
 
     def take_turn(self, member: Member, epoch: int) -> State:
         """Waits for the member's turn; the part of the client before it, empty at the first turn."""
@@ -204,23 +265,52 @@ class Rounds:
 
     def end_turn(self, member: Member, epoch: int, part: State) -> None:
         """Hands the part on to the next client."""
+        turn = epoch * self._run.clients + member.client
         with self._changed:
             self._check_open(member)
-            if self._turn != epoch * self._run.clients + member.client:
+            if self._turn > turn and member.account.identity:
+                return  # it was handed on when its client went away
+            if self._turn != turn:
                 raise WireError(f"{member}: it is not its turn")
             self._relayed = part
             self._turn += 1
             self._changed.notify_all()
 
+    def state(self) -> tuple[State, dict[str, Any]]:
+        """What a checkpoint holds of it: tensors, and facts. An average that is being made is not of it: its
+        parts are given again."""
+        with self._changed:
+            tensors = {**under("average", copied(self._average)), **under("relayed", copied(self._relayed))}
+            facts = {
+                "ledger": self.ledger.snapshot(),
+                "averages_made": self._averages_made,
+                "turn": self._turn,
+            }
+            return tensors, facts
+
+    def restore(self, tensors: State, facts: dict[str, Any]) -> None:
+        """The rest, beside the ledger."""
+        self._average, self._relayed = found_under("average", tensors), found_under("relayed", tensors)
+        self._averages_made, self._turn = facts["averages_made"], facts["turn"]
+
+    def _expect_at_most(self, member: Member, sequence: int) -> None:
+        due = member.account.received.sequence + 1
+        comes_again = sequence < due and member.account.identity
+        if sequence != due and not comes_again:
+            raise SequenceError(f"{member}: batch {sequence} came, but batch {due} is due", due)
+
     def _wait_until_received(self, member: Member, sequence: int) -> None:
         """As long as an earlier segment is being received, however slowly; then for PATIENCE_S."""
 
-        def moved() -> bool:
-            return bool(self._over(member)) or member.receiving or member.received >= sequence
+        def receiving() -> bool:
+            return member.client in self._receiving
 
-        while member.received < sequence:
+        def moved() -> bool:
+            return bool(self._over(member)) or receiving() or member.account.laid >= sequence
+
+        while member.account.laid < sequence:
             self._check_open(member)
-            if member.receiving:
+            if receiving():
                 self._changed.wait()
             elif not self._changed.wait_for(moved, PATIENCE_S):
                 return
@@ -228,12 +318,12 @@ class Rounds:
 
     def _all_given(self) -> bool:
         """Whether every client that remains, or is still to join, has given its part of this average."""
-        gone = {member.client for member in self._members.values() if member.gone}
+        gone = {account.client for account in self.ledger.accounts if account.gone}
         return all(client in self._parts or client in gone for client in range(self._run.clients))
 
     def _finished(self) -> bool:
-        places_taken = len(self._members) == self._run.clients
-        return places_taken and all(member.gone for member in self._members.values())
+        places_taken = len(self.ledger.accounts) == self._run.clients
+        return places_taken and all(account.gone for account in self.ledger.accounts)
 
     def _wait_for(
         self, condition: Callable[[], bool], member: Member | None = None, timeout: float | None = None
@@ -246,7 +336,14 @@ class Rounds:
 
     def _over(self, member: Member | None) -> ClosedError | None:
         """Why there is nothing left to do: for anyone, or for this member."""
-        return self._closed or (member.lost if member else None)
+        if self._closed or member is None:
+            return self._closed
+        account = member.account
+        if account.lost:
+            return ClosedError(account.lost)
+        if account.session != member.session:
+            return RefusedError(f"another process has taken the place of {account}")
+        return None if account.present or account.left else StaleError(f"{account} has gone")
 
     def _check_open(self, member: Member | None = None) -> None:
         if reason := self._over(member):

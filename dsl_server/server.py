@@ -1,8 +1,10 @@
 """A server, put together: the port, the service, the inbox, the trainer's thread."""
 
+import contextlib
+import json
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
@@ -13,13 +15,14 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from common import checkpoint
-from common.errors import ClosedError, ConfigError, SplitLearningError
+from common.checkpoint import Checkpoints, Saved
+from common.errors import ClosedError, ConfigError, SplitLearningError, StaleError
 from common.meter import Clock, Traffic
 from common.methods import build_method, settled
 from common.methods.base import Gather
 from common.methods.hosting import Hosting
 from common.nets.cut import build
-from common.parts import averaged_state, client_part, server_part, specs, state_of
+from common.parts import State, averaged_state, client_part, found_under, server_part, specs, state_of, under
 from common.run import Run
 from common.rundir import RunFolder
 from common.tls import Credentials, Guard
@@ -30,8 +33,10 @@ from common.wire.rpc import SERVICE
 from dsl_server.audit import Audit
 from dsl_server.inbox import Inbox
 from dsl_server.kernel import Sockets
+from dsl_server.ledger import Ledger
 from dsl_server.record import Record
 from dsl_server.rounds import Rounds
+from dsl_server.saver import Saver, Unsaved
 from dsl_server.service import Service, add_to
 from dsl_server.shelf import DiskShelf
 from dsl_server.trainer import Trainer
@@ -43,8 +48,9 @@ _SPARE_CALLS = 8  # health, reflection, clients that are one too many
 class Server:
     """`listen`: host:port, port 0 for any. Raises ConfigError when the run or the port cannot be.
 
-    on_lost: told why a client is gone that the run goes on without.
-    credentials: with them clients need a certificate, and are who it says.
+    on_lost: told why a client is gone that the run goes on without. on_trouble: told what is wrong with the
+    disk, while it is. credentials: with them clients need a certificate, and are who it says. resume: go on
+    from the newest checkpoint in the folder.
     """
 
     def __init__(
@@ -55,9 +61,13 @@ class Server:
         folder: RunFolder,
         on_lost: Callable[[ClosedError], None] = lambda _: None,
         credentials: Credentials | None = None,
+        on_trouble: Callable[[str], None] = lambda _: None,
+        resume: bool = False,
     ) -> None:
         run = settled(run)
-        self.run, self._folder, self._on_lost = run, folder, on_lost
+        self.run, self._folder, self._on_lost, self._on_trouble = run, folder, on_lost, on_trouble
+        if run.deterministic:
+            torch.set_num_threads(1)
         self.method = build_method(run)
         net = build(run)
         self.part = server_part(run, self.method, net, device)
@@ -78,20 +88,36 @@ class Server:
             run.round_timeout,
             run.least_clients,
             can_spare=lambda: self.hosting.can_replay and not run.fixed_order,
+            in_step=self.method.goes_back,
+            on_epoch_end=lambda end: self.rounds.apply(end.client, end.mark),
         )
-        self.rounds = Rounds(run, on_close=self.inbox.close, on_lost=self._lose)
+        self._checkpoints, self._resumed = Checkpoints(folder.path / "checkpoints"), resume
+        saved = self._newest() if resume else None
+        binding = not self.method.goes_back  # whose batches are made again may come a little different
+        ledger = Ledger(run.clients, binding=binding)
+        if saved:
+            ledger = Ledger.restored(run.clients, saved.facts["rounds"]["ledger"], binding)
+        self.rounds = Rounds(run, self.inbox.close, self._lose, ledger)
         self.sockets = Sockets()
         self.record = Record(run, net.cut_shape, folder, self.traffic, self.sockets, self._clock, device)
-        self._trainer = Trainer(self.hosting, device, self._clock, in_turn)
+        self._saver = self._made_saver() if run.lasts else Unsaved()
+        self._trainer = Trainer(
+            self.hosting,
+            device,
+            self._clock,
+            in_turn,
+            on_applied=lambda job: self.rounds.apply(job.client, job.mark),
+            save=self._saver.take,
+        )
         self._failure: SplitLearningError | None = None
         self._thread = threading.Thread(target=self._train, name="trainer", daemon=True)
         theirs = client_part(run, self.method, net, torch.device("cpu"))
         relayed = run.sync == "relay"
         part_specs = specs(state_of(theirs) if relayed else averaged_state(theirs, self.method))
         spec = batch_spec(run, self.method, net)
-        audit = Audit(folder, on_failure=self.rounds.close)
+        self._audit = Audit(folder, on_failure=self.rounds.close)
         guard = Guard(credentials.folder) if credentials else None
-        service = Service(
+        self._service = Service(
             run,
             self.method,
             spec,
@@ -100,16 +126,36 @@ class Server:
             self.rounds,
             self.record,
             self._clock,
-            audit,
+            self._audit,
             guard,
+            self._saver,
         )
-        self._grpc, self._health, self.port = _listen(listen, run.clients, service, self.traffic, credentials)
+        if saved:
+            self._restore(saved)
+        self._grpc, self._health, self.port = _listen(
+            listen, run.clients, self._service, self.traffic, credentials
+        )
         self.sockets.watch(self.port)
 
     def start(self) -> None:
+        if isinstance(self._saver, Saver):
+            kept = list(self._checkpoints.newest(self._on_trouble))[::-1] if self._resumed else []
+            self._saver.start([Saved(saved.number, {}, saved.facts) for saved in kept])
         self._thread.start()
         self._grpc.start()
         self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+
+    def drain(self, reason: StaleError, grace: float) -> None:
+        """Ends this process's part in the run in order, for another to go on with it: nobody joins any more,
+        what has come is learned from and saved, and clients are told to come back."""
+        self._health.enter_graceful_shutdown()
+        self.rounds.drain(reason)
+        done = threading.Timer(grace, self._saver.close, [ClosedError("the time to drain was over")])
+        done.daemon = True
+        done.start()
+        with contextlib.suppress(ClosedError):
+            self._saver.commit()
+        self.rounds.close(reason)
 
     def wait(self, timeout: float) -> bool:
         """Whether the run is finished. Raises the reason if it has ended before."""
@@ -132,9 +178,82 @@ class Server:
         """Ends the run, if it has not ended, and tells every client why."""
         self._health.enter_graceful_shutdown()
         self.rounds.close(reason)
+        self._saver.close(reason)
         self._grpc.stop(grace=2).wait()
         self.inbox.close(reason)
         self.sockets.close()
+
+    def _newest(self) -> Saved | None:
+        """The newest checkpoint that is whole. Raises ConfigError where there are some and none is."""
+        self._checkpoints.tidy()
+        saved = next(self._checkpoints.newest(self._on_trouble), None)
+        if saved is None:
+            if self._checkpoints.numbers():
+                raise ConfigError(f"--resume {self._folder.path}: no checkpoint of it can be read")
+            return None
+        newest = saved.number
+        self._checkpoints.drop(keep=lambda number: number <= newest)
+        return saved
+
+    def _made_saver(self) -> Saver:
+        return Saver(
+            self._checkpoints,
+            self.run.checkpoints,
+            self.run.checkpoint_every,
+            self.inbox.ask_save,
+            self._captured,
+            self._saved,
+            self._troubled,
+        )
+
+    def _captured(self) -> tuple[State, dict[str, Any]]:
+        """All that a server needs to go on from here. By the trainer's thread, between two steps."""
+        meeting, rounds = self.rounds.state()
+        answers, answered = self._service.state()
+        tensors = {
+            **under("hosting", self.hosting.state()),
+            **under("rounds", meeting),
+            **under("answers", answers),
+        }
+        facts = {
+            "run": asdict(self.run),
+            "rounds": rounds,
+            "answered": answered,
+            "record": self.record.state(),
+        }
+        return tensors, facts
+
+    def _restore(self, saved: Saved) -> None:
+        facts = saved.facts
+        try:
+            if facts["run"] != json.loads(json.dumps(asdict(self.run))):
+                raise ConfigError(f"--resume {self._folder.path}: its checkpoints are of another run")
+            self.hosting.load(found_under("hosting", saved.tensors))
+            self.rounds.restore(found_under("rounds", saved.tensors), facts["rounds"])
+            self._service.restore(found_under("answers", saved.tensors), facts["answered"])
+            accounts = self.rounds.members()
+            gone = [account.client for account in accounts if account.gone]
+            ended = [account.client for account in accounts if account.applied.epochs > self.hosting.rounds]
+            self.inbox.resume(gone, ended)
+            self.record.restore(facts["record"], [account.client for account in accounts if account.lost])
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise ConfigError(
+                f"--resume {self._folder.path}: checkpoint {saved.number} is not one of this release: {error}"
+            ) from error
+
+    def _saved(self, kept: Sequence[Mapping[str, Any]]) -> None:
+        """A checkpoint is on disk; these are kept, the oldest first."""
+        ledgers = [facts["rounds"]["ledger"]["accounts"] for facts in kept]
+        self.rounds.keep_from({account["client"]: account["applied"]["sequence"] for account in ledgers[0]})
+        applied = ", ".join(
+            f"client {a['client']} up to batch {a['applied']['sequence']}" for a in ledgers[-1]
+        )
+        self._audit("checkpoint", "", "", applied)
+
+    def _troubled(self, trouble: str | None) -> None:
+        serving = health_pb2.HealthCheckResponse
+        self._health.set("", serving.NOT_SERVING if trouble else serving.SERVING)
+        self._on_trouble(trouble or "checkpoints can be written again")
 
     def _lose(self, client: int, reason: ClosedError) -> None:
         # The record first: once the inbox has no clients left, `wait` is over and the summary is written.
@@ -151,6 +270,12 @@ class Server:
         except SplitLearningError as error:
             self._failure = error
             self.rounds.close(ClosedError(str(error)))
+
+
+def _applied(facts: Mapping[str, Any]) -> dict[int, int]:
+    """Of each client, the number up to which a checkpoint has its batches."""
+    accounts = facts["rounds"]["ledger"]["accounts"]
+    return {account["client"]: account["applied"]["sequence"] for account in accounts}
 
 
 def _listen(

@@ -3,40 +3,49 @@
 import math
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, NoReturn
 
 import grpc
+import torch
+from torch import Tensor
 
+from common.codecs import Encoded, Parcel
+from common.codecs.floats import fp32
 from common.errors import (
     ClosedError,
+    DigestError,
     ForbiddenError,
     FullError,
     IdentityError,
     RefusedError,
     SequenceError,
     SplitLearningError,
+    StaleError,
     TakenError,
     WireError,
 )
 from common.meter import Clock, Traffic
-from common.methods.base import Method, Tail
+from common.methods.base import Method, Tail, is_waypoint
 from common.methods.hosting import Hosting
 from common.optim import progress_of
-from common.parts import Spec, head_state
+from common.parts import Spec, State, head_state
 from common.run import Run
 from common.tls import Guard
 from common.wire import codec
 from common.wire import split_learning_pb2 as pb
 from common.wire.codec import Arrived, BatchSpec
-from common.wire.pieces import Piece
-from common.wire.rpc import RPCS, SERVICE, VERSION, judged, reader, writer
+from common.wire.pieces import Digest, Piece
+from common.wire.rpc import EXPECTED, RPCS, SERVICE, VERSION, judged, reader, writer
 from dsl_server.audit import Audit
-from dsl_server.inbox import EpochEnd, Errand, Inbox, Job
+from dsl_server.inbox import EpochEnd, Errand, Inbox, Job, Trained
+from dsl_server.ledger import Mark, Newcomer
 from dsl_server.record import Evaluation, Record
 from dsl_server.rounds import Member, Rounds
+from dsl_server.saver import Saver, Unsaved
 
 Context = grpc.ServicerContext
 Pieces = Iterator[Piece[Any]]
@@ -45,7 +54,9 @@ _TRAINED = ClosedError("this batch was trained on")
 # What each error of ours is called on the wire; the first that fits counts.
 STATUS: tuple[tuple[type[SplitLearningError], grpc.StatusCode], ...] = (
     (SequenceError, grpc.StatusCode.ABORTED),
+    (DigestError, grpc.StatusCode.DATA_LOSS),
     (WireError, grpc.StatusCode.INVALID_ARGUMENT),
+    (StaleError, grpc.StatusCode.UNAVAILABLE),
     (FullError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (TakenError, grpc.StatusCode.ALREADY_EXISTS),
     (IdentityError, grpc.StatusCode.UNAUTHENTICATED),
@@ -69,10 +80,39 @@ class Service:
         clock: Clock,
         audit: Audit,
         guard: Guard | None,
+        saver: Saver | Unsaved,
     ) -> None:
         self._run, self._method, self._spec, self._part_specs = run, method, spec, part_specs
         self._inbox, self._rounds, self._record, self._clock = inbox, rounds, record, clock
-        self._audit, self._guard = audit, guard
+        self._audit, self._guard, self._saver = audit, guard, saver
+        self._last: dict[int, Job] = {}  # client to what it sent last, where it may have to be told once more
+        self._contexts: dict[str, Context] = {}  # session to the call of its open segment
+        self._kept_bytes = Counter[int]()  # by client: received since a checkpoint was last asked for
+
+    def state(self) -> tuple[State, dict[str, Any]]:
+        """What a checkpoint holds of it: what each client was answered last, which it may not have got."""
+        tensors: State = {}
+        facts: dict[str, Any] = {}
+        for client, job in self._last.items():
+            trained = job.answer.result() if _is_well(job.answer) else None
+            if trained is None:
+                continue
+            facts[str(client)] = {"sequence": job.sequence, "loss": trained.loss, "wanted": job.wanted}
+            if trained.gradient is not None:
+                tensors[f"{client}.gradient"] = trained.gradient
+            if _is_well(job.through_tail.output):
+                tensors[f"{client}.output"] = job.through_tail.output.result()
+        return tensors, facts
+
+    def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        for client, known in facts.items():
+            nothing = torch.empty(0)
+            batch = Arrived(nothing, nothing, known["sequence"], Parcel(fp32(), Encoded((0,), [nothing])))
+            job = Job(int(client), batch, 0.0, known["wanted"])
+            job.answer.set_result(Trained(tensors.get(f"{client}.gradient"), known["loss"]))
+            if (output := tensors.get(f"{client}.output")) is not None:
+                job.through_tail.output.set_result(output)
+            self._last[int(client)] = job
 
     def Join(self, request: pb.JoinRequest, context: Context) -> Iterator[pb.JoinResponse]:
         peer = context.peer()
@@ -81,16 +121,25 @@ class Service:
         except SplitLearningError as error:
             self._audit("refused", peer, request.name, error)
             raise
-        self._audit("joined", peer, member.name)
+        self._audit("joined" if member.account.sessions == 1 else "came back", peer, member.name)
         self._record.joined()
         self._inbox.join(member.client)
-        if not context.add_callback(lambda: self._lost(member, peer)):
-            self._lost(member, peer)  # it has gone already
+        if not context.add_callback(lambda: self._left_alone(member, peer)):
+            self._left_alone(member, peer)  # it has gone already
+        self._saver.commit()  # what it is told of its place must hold when the server starts anew
         welcome = pb.Welcome(
-            version=VERSION, run=self._run.to_json(), client=member.client, session=member.session
+            version=VERSION,
+            run=self._run.to_json(),
+            client=member.client,
+            session=member.session,
+            run_id=self._rounds.ledger.run_id,
+            received=self._resuming_at(member),
         )
         yield pb.JoinResponse(welcome=welcome)
-        self._rounds.wait_until_left(member)
+        durable = 0
+        while (floor := self._rounds.next_durable(member, durable)) is not None:
+            durable = floor
+            yield pb.JoinResponse(durable=pb.Durable(sequence=durable))
 
     def _admitted(self, request: pb.JoinRequest, context: Context) -> Member:
         """Raises why it may not be a member. Who it is comes first: strangers are told no more."""
@@ -102,6 +151,8 @@ class Service:
             )
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", request.name):
             raise WireError(f"client name {request.name[:64]!r}: use 1 to 64 letters, digits, '.', '_', '-'")
+        if not re.fullmatch(r"([0-9a-f]{32})?", request.identity):
+            raise WireError("a client's identity is 32 hexadecimal digits")
         if missing := codec.unknown(self._spec.travel, request.codecs):
             raise RefusedError(
                 f"the run needs codecs that this client does not know: {', '.join(missing)}; install the "
@@ -111,24 +162,63 @@ class Service:
             raise ForbiddenError(
                 f"this certificate is that of {name!r}, not of {request.name!r}: leave --name out"
             )
-        return self._rounds.join(name, once=self._guard is not None)
+        newcomer = Newcomer(
+            name,
+            request.identity if self._run.lasts else "",
+            request.run_id,
+            request.session,
+            request.durable,
+            request.takeover,
+            single=self._guard is not None,
+        )
+        if former := self._contexts.get(request.session):
+            former.cancel()  # what is left of its last calls
+        return self._rounds.join(newcomer, idle=self._method.goes_back)
+
+    def _resuming_at(self, member: Member) -> int:
+        """The number of the last batch that the client need not send (again)."""
+        last = self._last.get(member.client)
+        if last and last.answer.done() and last.answer.exception():
+            self._rounds.give_back(member)  # its step could not be made without its client
+        return member.account.received.sequence
+
+    def _left_alone(self, member: Member, peer: str) -> None:
+        """Its connection has gone: it may come back, for a while, if the run lets it."""
+        if not self._rounds.away(member):
+            if not member.account.identity:
+                self._lost(member, peer)
+            return
+        self._audit("away", peer, member.name)
+
+        def lapse() -> None:
+            if not member.account.present and member.account.session == member.session:
+                self._lost(member, peer, f"did not come back within {self._run.lease:g} s")
+
+        lease = threading.Timer(min(self._run.lease, threading.TIMEOUT_MAX), lapse)
+        lease.daemon = True
+        lease.start()
 
     def StreamActivations(self, requests: Pieces, context: Context) -> pb.StreamActivationsResponse:
         if not self._method.one_way:
             raise RefusedError(f"{self._method.name} answers batches; send them by Train")
-        job = None
-        for job in self._batches(requests, context):
-            self._inbox.put(job)
+        job, fresh = None, True
+        for job, fresh in self._batches(requests, context):
+            if fresh:
+                self._lay(job)
+        if job and not fresh:  # it came before, and lies in its lane yet
+            self._rounds.wait_until_applied(job.client, job.sequence)
+            return pb.StreamActivationsResponse(applied=job.sequence)
         return pb.StreamActivationsResponse(applied=_settled(job))
 
     def Train(self, requests: Pieces, context: Context) -> Iterator[Piece[pb.TrainResponse]]:
         if self._method.one_way:
             raise RefusedError(f"{self._method.name} answers nothing; send by StreamActivations")
         job = None
-        for job in self._batches(requests, context):
-            self._inbox.put(job)
+        for job, fresh in self._batches(requests, context):
+            if fresh:
+                self._lay(job)
             if self._method.tail is Tail.LAST:
-                yield from self._through_tail(job, requests, context.peer())
+                yield from self._through_tail(job, requests, context.peer(), fresh)
             if job.wanted:
                 trained = job.answer.result()
                 yield from codec.pack_gradient(
@@ -140,23 +230,28 @@ class Service:
         specs = self._part_specs
         head, part = codec.unpack_weights(_first(requests), requests, specs)
         member = self._member(head.session, context)
-        answer = {}
+        answer: State = {}
         if head.purpose == pb.SYNC_PURPOSE_AVERAGE and self._run.sync == "average" and part:
-            answer = self._rounds.average(member, head.epoch, part, head.samples)
-            if self._method.tail is Tail.ALL:  # the server sees no batch of these
+            answer, first = self._rounds.average(member, head.epoch, part, head.samples)
+            if self._method.tail is Tail.ALL and first:  # the server sees no batch of these
                 self._record.trained(head.samples, None, {})
+            self._saver.commit()
         elif head.purpose == pb.SYNC_PURPOSE_TAKE_TURN and self._run.sync == "relay":
             answer = self._rounds.take_turn(member, head.epoch)
         elif head.purpose == pb.SYNC_PURPOSE_END_TURN and self._run.sync == "relay" and part:
             self._rounds.end_turn(member, head.epoch, part)
+            self._saver.commit()
         elif (
             head.purpose == pb.SYNC_PURPOSE_TAKE_HEAD
             and self._method.new_head
             and not part
-            and member.received
+            and member.account.received.sequence
         ):
-            made = self._errand(member, "make a head", Hosting.new_head, client=member.client)
+            made = self._errand(
+                member, "make a head", Hosting.new_head, client=member.client, epoch=head.epoch
+            )
             answer = head_state(made.result())
+            self._saver.commit()
         else:
             raise WireError(
                 f"purpose {head.purpose} with {len(part)} tensors: the run's sync is {self._run.sync}"
@@ -179,7 +274,7 @@ class Service:
                 break
             if self._method.tail is Tail.ALL:
                 raise WireError(f"{self._method.name} has the whole network at the client: send its score")
-            batch = self._unpack(first, requests)
+            batch = codec.unpack_batch(first, requests, self._spec)
             samples += len(batch.z)
             if self._method.tail is Tail.LAST:
                 output = self._errand(member, "score a batch", Hosting.output, z=batch.z).result()
@@ -198,6 +293,7 @@ class Service:
             reason = ClosedError(f"the server cannot write its metrics: {error.strerror}")
             self._rounds.close(reason)
             raise reason from error
+        self._saver.commit()
         yield Piece(pb.EvaluateResponse(score=score))
 
     def Leave(self, request: pb.LeaveRequest, context: Context) -> pb.LeaveResponse:
@@ -205,18 +301,22 @@ class Service:
         if request.failure:
             self._lost(member, context.peer(), f"failed: {request.failure[:500]!r}")
             return pb.LeaveResponse()
-        if member.receiving and self._method.tail is Tail.LAST:
+        if self._rounds.is_receiving(member) and self._method.tail is Tail.LAST:
             raise RefusedError(f"{member} has not finished its segment: the trainer may wait for a gradient")
         self._record.left(request.measurements)
-        self._inbox.leave(member.client)
         self._audit("left", context.peer(), member.name)
         self._rounds.leave(member)
+        self._saver.commit()
+        self._inbox.leave(member.client)
         return pb.LeaveResponse()
 
-    def _through_tail(self, job: Job, requests: Pieces, peer: str) -> Iterator[Piece[pb.TrainResponse]]:
+    def _through_tail(
+        self, job: Job, requests: Pieces, peer: str, fresh: bool
+    ) -> Iterator[Piece[pb.TrainResponse]]:
         """Gives the client the batch's output, and the trainer the gradient that comes for it.
 
-        Meanwhile the trainer waits; with a round timeout a client that takes longer is lost.
+        Meanwhile the trainer waits; with a round timeout a client that takes longer is lost. fresh: else the
+        trainer has had the gradient, and the client has not had what came of it.
         """
         tail, timeout = job.through_tail, self._run.round_timeout
         job.answer.add_done_callback(lambda answer: tail.fail(answer.exception() or _TRAINED))
@@ -235,14 +335,16 @@ class Service:
             )
             if gradient is None:
                 raise WireError(f"batch {job.sequence} has an output without a gradient")
-            tail.give(gradient)
+            if fresh:
+                tail.give(gradient)
         finally:
             late.cancel()
             tail.fail(ClosedError(f"client {job.client} gave no gradient for batch {job.sequence}"))
 
     def _give_up_on(self, client: int, peer: str) -> None:
         late = f"kept the others waiting for more than {self._run.round_timeout:g} s: raise --round-timeout"
-        self._lost(self._rounds.members()[client], peer, late)
+        account = self._rounds.members()[client]
+        self._lost(Member(account, account.session), peer, late)
 
     def _member(self, session: str, context: Context) -> Member:
         """Whose session it is. Raises ForbiddenError where another makes the call."""
@@ -254,11 +356,12 @@ class Service:
         return member
 
     def _lost(self, member: Member, peer: str, *how: str) -> None:
-        if reason := self._rounds.lost(member, *how):
+        if reason := self._rounds.lost(member.account, *how):
             self._audit("lost", peer, member.name, reason)
 
-    def _batches(self, requests: Pieces, context: Context) -> Iterator[Job]:
-        """The jobs of one segment, each checked; raises WireError unless it holds what it declared."""
+    def _batches(self, requests: Pieces, context: Context) -> Iterator[tuple[Job, bool]]:
+        """The jobs of one segment, each checked, and whether each is fresh: else it has come before, and so
+        this is the job that it was. Raises WireError unless the segment holds what it declared."""
         segment = _opening(requests, "segment")
         member = self._member(segment.session, context)
         if not 0 <= segment.epoch < self._run.epochs or not 1 <= segment.batches <= segment.samples:
@@ -272,40 +375,73 @@ class Service:
                 f"{member}: a segment of epoch {segment.epoch} says that sending began in {first}; the run "
                 f"has it begin in {self._method.first_epoch}"
             )
+        if segment.place and not member.account.identity:
+            raise WireError(f"{member}: a segment from batch {segment.place} on; all of it is due")
         if not (self._method.send_every or self._method.afterwards):
             raise RefusedError(f"{self._method.name} sends no batches")
         self._rounds.begin_segment(member, segment.first_sequence)
+        self._contexts[member.session] = context
         try:
             self._record.began(segment.epoch)
             yield from self._jobs(member, segment, requests)
         finally:
+            self._contexts.pop(member.session, None)
             self._rounds.end_segment(member)
 
-    def _jobs(self, member: Member, segment: pb.Segment, requests: Pieces) -> Iterator[Job]:
-        batches = samples = 0
+    def _jobs(self, member: Member, segment: pb.Segment, requests: Pieces) -> Iterator[tuple[Job, bool]]:
+        place, samples = segment.place, 0
+        end = segment.place + segment.batches
         for first in requests:
             skipped = first.head.WhichOneof("head") == "skipped"
+            batch, digest = None, 0
             if skipped:
                 sequence, size = codec.unpack_skipped(first, self._spec)
             else:
-                batch = self._unpack(first, requests)
+                batch, digest = self._unpack(first, requests)
                 sequence, size = batch.sequence, len(batch.z)
-            self._rounds.expect(member, sequence)
-            batches, samples = batches + 1, samples + size
-            last = batches == segment.batches
+            place, samples, last = place + 1, samples + size, place + 1 == end
             over = samples != segment.samples if last else samples > segment.samples
-            if over or batches > segment.batches:
-                raise _miscounted(member, segment, batches, samples)
-            if not skipped:
-                progress = progress_of(
-                    self._run, segment.epoch, batches - 1, segment.batches, segment.first_epoch
-                )
-                yield Job(member.client, batch, progress, self._method.answered(batches - 1))
-            if last:
-                self._inbox.put(EpochEnd(member.client))
-            self._rounds.receive(member, sequence)  # it is in its lane: what comes now comes after it
-        if batches < segment.batches:
-            raise _miscounted(member, segment, batches, samples)
+            if over or place > end:
+                raise _miscounted(member, segment, place - segment.place, samples)
+            mark = self._rounds.receive(member, sequence, size, digest, last)
+            if batch is not None:
+                yield self._job(member, batch, mark, segment, place - 1)
+            if mark is not None:
+                if last:
+                    self._inbox.put(EpochEnd(member.client, mark))
+                self._rounds.laid(member, mark)
+        if place < end:
+            raise _miscounted(member, segment, place - segment.place, samples)
+
+    def _job(
+        self, member: Member, batch: Arrived, mark: Mark | None, segment: pb.Segment, place: int
+    ) -> tuple[Job, bool]:
+        """Of the batch at this place of its epoch, and whether it is fresh."""
+        last = self._last.get(member.client)
+        if mark is None and last is not None and last.sequence == batch.sequence:
+            return last, False
+        batches = segment.place + segment.batches
+        progress = progress_of(self._run, segment.epoch, place, batches, segment.first_epoch)
+        job = Job(
+            member.client,
+            batch,
+            progress,
+            self._method.answered(place),
+            mark or Mark(),
+            waypoint=is_waypoint(place, batches),
+        )
+        return job, mark is not None
+
+    def _lay(self, job: Job) -> None:
+        """Into its client's lane, whatever becomes of its call meanwhile: it counts as received."""
+        if self._run.lasts:
+            if self._method.goes_back:
+                self._last[job.client] = job
+            self._kept_bytes[job.client] += job.batch.parcel.size
+            if self._kept_bytes[job.client] > self._run.spool_bytes / (2 * self._run.checkpoints):
+                self._kept_bytes.clear()  # its client's spool must not fill before the next checkpoint
+                self._saver.request()
+        self._inbox.put(job)
 
     def _errand(self, member: Member, what: str, do: Callable[..., Any], **given: Any) -> Future[Any]:
         """What a method of the hosting gives for this, in the member's turn."""
@@ -313,13 +449,18 @@ class Service:
         self._inbox.put(errand)
         return errand.answer
 
-    def _unpack(self, first: Piece[Any], rest: Pieces) -> Arrived:
+    def _unpack(self, first: Piece[Any], rest: Pieces) -> tuple[Arrived, int]:
+        """A batch and its digest, 0 where the run has none."""
         # The time that the pieces take to come is the network's, not the decoder's.
-        waiting = Clock()
+        waiting, due = Clock(), first.head.batch.digest if self._run.lasts else None
         with self._clock("decode"):
-            batch = codec.unpack_batch(first, waiting.iterator("network", rest), self._spec)
+            pieces = waiting.iterator("network", rest)
+            digest = Digest(first, pieces) if self._run.lasts else None
+            batch = codec.unpack_batch(first, digest or pieces, self._spec)
+            if digest is not None and digest.value != due:
+                raise DigestError(f"batch {batch.sequence} came with other bytes than it was sent with")
         self._clock.add("decode", -waiting.seconds("network")["network"])
-        return batch
+        return batch, digest.value if digest else 0
 
 
 def add_to(server: grpc.Server, service: Service, traffic: Traffic) -> None:
@@ -365,7 +506,7 @@ def _answered(
 def _abort(context: Context, error: SplitLearningError) -> NoReturn:
     code = next(code for kind, code in STATUS if isinstance(error, kind))
     if isinstance(error, SequenceError):
-        context.set_trailing_metadata((("dsl-expected-seq", str(error.expected)),))
+        context.set_trailing_metadata(((EXPECTED, str(error.expected)),))
     context.abort(code, str(error))
 
 
@@ -381,6 +522,10 @@ def _opening(requests: Pieces, field: str) -> Any:
     if piece.head.WhichOneof("head") != field or piece.size:
         raise WireError(f"the stream must open with its {field}, alone")
     return getattr(piece.head, field)
+
+
+def _is_well(future: Future[Any]) -> bool:
+    return future.done() and future.exception() is None
 
 
 def _settled(job: Job | None) -> int:

@@ -12,7 +12,7 @@ from common.errors import ClosedError, SplitLearningError, StepError
 from common.meter import Clock
 from common.methods.base import Answer, Received
 from common.methods.hosting import Hosting
-from dsl_server.inbox import Errand, Inbox, Job, RoundEnd, Spare, Trained, Work, answered
+from dsl_server.inbox import Errand, Inbox, Job, RoundEnd, Save, Spare, Trained, Work, answered
 
 # Samples, mean loss if the server knows one, what the method noted, and samples learned from once more.
 OnTrained = Callable[[int, float | None, Mapping[str, float], int], None]
@@ -21,12 +21,21 @@ OnTrained = Callable[[int, float | None, Mapping[str, float], int], None]
 class Trainer:
     """Steps on groups and does errands, one after the other, as the inbox gives them.
 
-    in_rounds: what is held is learned from again at their ends, not in between.
+    in_rounds: what is held is learned from again at their ends, not in between. on_applied: told of each
+    batch that has been learned from. save: makes a checkpoint of what is so now.
     """
 
-    def __init__(self, hosting: Hosting, device: torch.device, clock: Clock, in_rounds: bool = False) -> None:
+    def __init__(
+        self,
+        hosting: Hosting,
+        device: torch.device,
+        clock: Clock,
+        in_rounds: bool = False,
+        on_applied: Callable[[Job], None] = lambda _: None,
+        save: Callable[[], None] = lambda: None,
+    ) -> None:
         self._hosting, self._device, self._clock = hosting, device, clock
-        self._replays = not in_rounds
+        self._replays, self._on_applied, self._save = not in_rounds, on_applied, save
 
     def train(self, inbox: Inbox, on_trained: OnTrained) -> None:
         """Until the inbox ends. Raises StepError, after telling who waits, when a step fails."""
@@ -49,6 +58,9 @@ class Trainer:
             work.answer.set_result(work.do(self._hosting))
         elif isinstance(work, Spare):
             self._replay(on_trained)
+        elif isinstance(work, Save):
+            with self._clock("step"):
+                self._save()
         elif isinstance(work, RoundEnd):
             with self._clock("step"):
                 answer = self._hosting.end_round()
@@ -58,10 +70,11 @@ class Trainer:
             with self._clock("step"):
                 answer = self._hosting.step([self._received(job) for job in work])
                 loss = _loss(answer)
+            on_trained(sum(len(job.batch.z) for job in work), loss, answer.facts, answer.replayed)
             gradients = answer.gradients or [None] * len(work)
             for job, gradient in zip(work, gradients, strict=True):
+                self._on_applied(job)
                 job.answer.set_result(Trained(gradient, loss))
-            on_trained(sum(len(job.batch.z) for job in work), loss, answer.facts, answer.replayed)
 
     def _replay(self, on_trained: OnTrained) -> None:
         with self._clock("step"):
@@ -108,8 +121,10 @@ def _tell(work: Work, error: SplitLearningError) -> None:
 
 def _failure(work: Work, error: Exception) -> StepError:
     text = str(error) if isinstance(error, StepError) else f"{type(error).__name__}: {error}"
-    if isinstance(work, RoundEnd | Spare):
-        what = "end a round" if isinstance(work, RoundEnd) else "learn again from what it holds"
+    if isinstance(work, RoundEnd | Save | Spare):
+        what = {RoundEnd: "end a round", Save: "make a checkpoint", Spare: "learn again from what it holds"}[
+            type(work)
+        ]
         return StepError(f"the server could not {what}: {text}")
     if isinstance(work, Errand):
         return StepError(f"the server could not {work.what} of client {work.client}: {text}")

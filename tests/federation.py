@@ -1,6 +1,7 @@
 """What tests share: small runs, made-up images, a real server on loopback and clients in threads."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -57,8 +58,8 @@ class Batches:
     def size(self, batch: int) -> int:
         return min(self._size, self.samples - batch * self._size)
 
-    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return self.plain()
+    def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        return itertools.islice(self.plain(), start, None)
 
     def plain(self) -> Iterator[tuple[Tensor, Tensor]]:
         yield from zip(self.x.split(self._size), self.y.split(self._size), strict=True)

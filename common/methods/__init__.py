@@ -94,6 +94,8 @@ def settled(run: Run) -> Run:
             "it out"
         )
     travel = Travel.of(run.codec, run.seed)  # raises where there is no such codec
+    if run.lasts and (travel.activations.feedback or travel.gradients.feedback):
+        raise ConfigError("--codec +ef: what it owes is in no checkpoint; drop it, or --checkpoint-every")
     _check_schedule(run, method)
     if run.chooses and travel.activations.name != "fp32":
         raise ConfigError(
@@ -106,7 +108,7 @@ def settled(run: Run) -> Run:
         raise ConfigError(
             f"--quorum {run.quorum}: a relay needs all of its {run.clients} clients; leave the flag out"
         )
-    return replace(run, sync=sync)
+    return replace(run, sync=sync, fixed_order=run.fixed_order or run.deterministic)
 
 
 def _check_schedule(run: Run, method: Method) -> None:
@@ -130,7 +132,7 @@ def _check_schedule(run: Run, method: Method) -> None:
     ):
         if epochs > run.epochs:
             raise ConfigError(f"{flag} {epochs} is above --epochs {run.epochs}")
-    if run.link == "auto" and run.fixed_order:
+    if run.link == "auto" and (run.fixed_order or run.deterministic):
         raise ConfigError(
             "--link auto: what is sent depends on the link, and no order holds; drop --fixed-order"
         )

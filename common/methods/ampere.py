@@ -14,7 +14,7 @@ single pass costs four points of accuracy, with it none.) The server's learning 
 schedule during its training; the activations are held in the host's memory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,7 @@ def ampere(server_epochs: int = 20, server_batch: int = 128, augment: int = 1) -
         sync="average",
         afterwards=send,
         round_step=server.train,
+        memory=server,
     )
 
 
@@ -65,6 +66,19 @@ class _Server:
         for batch in group:
             self._stored.setdefault(batch.client, []).append((batch.z.cpu(), batch.y.cpu()))
         return Answer(None)
+
+    def state(self) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = {}
+        for client, batches in self._stored.items():
+            for index, (z, y) in enumerate(batches):
+                state |= {f"{client}.{index}.z": z, f"{client}.{index}.y": y}
+        return state
+
+    def load(self, state: Mapping[str, Tensor], part: ServerPart) -> None:
+        places = [name.split(".") for name in state if name.endswith(".z")]
+        for client, index in sorted((int(client), int(index)) for client, index, _ in places):
+            batch = state[f"{client}.{index}.z"], state[f"{client}.{index}.y"]
+            self._stored.setdefault(client, []).append(batch)
 
     def train(self, part: ServerPart, pace: Pace) -> Answer:
         """Trains on all that has come; the mean loss of the last epoch."""

@@ -10,7 +10,7 @@ import enum
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Generator as Steps
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
@@ -28,6 +28,9 @@ class Smashed:
 
     z: Tensor
     y: Tensor
+
+
+WAYPOINT_EVERY = 8  # batches
 
 
 def _no_tail(_: Tensor) -> Tensor:
@@ -149,7 +152,15 @@ ClientStep = Callable[[ClientPart, Tensor, Tensor], Step]  # of images x (B, C, 
 ServerStep = Callable[[ServerPart, Sequence[Received]], Answer]
 Pace = Callable[[float], None]  # sets the learning rate to that of a fraction of a training
 RoundStep = Callable[[ServerPart, Pace], Answer]
-NewHead = Callable[[ServerPart, int], nn.Module]  # of a client, by its index
+NewHead = Callable[[ServerPart, int, int], nn.Module]  # of a client, by its index, after an epoch
+
+
+class Memory(Protocol):
+    """What a method's server keeps from one step to the next, beside its part: part of every checkpoint."""
+
+    def state(self) -> dict[str, Tensor]: ...
+
+    def load(self, state: Mapping[str, Tensor], part: ServerPart) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -174,11 +185,18 @@ class Method:
     round_step: RoundStep | None = None  # of the server, when every client's batches have come
     new_head: NewHead | None = None  # made at the server for each client, every head_every epochs
     head_every: int = 0
+    memory: Memory | None = None  # of its server
 
     @property
     def one_way(self) -> bool:
         """Whether nothing that a client sends in training is answered."""
         return self.answer_every == 0 and self.tail is not Tail.LAST
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether a client whose server has forgotten a step must forget it, too: what came back for the
+        batch is part of it."""
+        return not self.one_way
 
     @property
     def streams(self) -> bool:
@@ -199,6 +217,14 @@ class Method:
     def answered(self, place: int) -> bool:
         """Whether dL/dz comes back for the batch at this place, from 0, of those sent in a segment."""
         return self.answer_every > 0 and place % self.answer_every == 0
+
+
+def is_waypoint(place: int, batches: int) -> bool:
+    """Whether a client that may have to go back keeps what it was after this batch, from 0, of its epoch.
+
+    Both ends know these places: the server makes a checkpoint only where every client can come back to.
+    """
+    return (place + 1) % WAYPOINT_EVERY == 0 or place + 1 == batches
 
 
 def run_step(step: Step, wire: Callable[[Sent], Tensor | None]) -> Tensor | None:

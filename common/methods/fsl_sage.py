@@ -13,7 +13,7 @@ steered by it: what DSL rules out is possible here.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from common.errors import ConfigError
 from common.methods.base import Answer, ClientPart, Method, Received, ServerPart, Smashed, Step
 from common.methods.dsl import server_step
+from common.parts import State, copied, under
 
 KEPT = 1000  # samples of each client
 BATCH = 100  # of the fit
@@ -46,6 +47,7 @@ def fsl_sage(q: int = 5, l: int = 10, align_epochs: int = 5, align_lr: float = 1
         sync="average",
         new_head=server.new_head,
         head_every=l,
+        memory=server,
     )
 
 
@@ -65,9 +67,10 @@ def client_step(part: ClientPart, x: Tensor, y: Tensor) -> Step:
 
 @dataclass
 class _Client:
-    """What the server has of a client: its head, and its last samples."""
+    """What the server has of a client: its head, the epoch after which that was fitted, its last samples."""
 
     head: nn.Module
+    fitted: int = -1
     samples: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def keep(self, z: Tensor, y: Tensor) -> None:
@@ -86,9 +89,13 @@ class _Server:
         self._client(part, batch.client).keep(batch.z.detach(), batch.y)
         return server_step(part, group)
 
-    def new_head(self, part: ServerPart, client: int) -> nn.Module:
-        """The client's head, fitted to the server's gradients at its samples."""
+    def new_head(self, part: ServerPart, client: int, epoch: int) -> nn.Module:
+        """The client's head, fitted to the server's gradients at its samples; once after an epoch, however
+        often its client asks."""
         kept = self._client(part, client)
+        if kept.fitted == epoch:
+            return kept.head
+        kept.fitted = epoch
         z, y = (torch.cat(tensors)[-KEPT:] for tensors in zip(*kept.samples, strict=True))
         optimizer = torch.optim.Adam(kept.head.parameters(), self._lr)
         for _ in range(self._epochs):
@@ -99,6 +106,26 @@ class _Server:
                 gap.backward()
                 optimizer.step()
         return kept.head
+
+    def state(self) -> dict[str, Tensor]:
+        state: State = {}
+        for client, kept in self._clients.items():
+            state[f"{client}.fitted"] = torch.tensor(kept.fitted)
+            state |= under(f"{client}.head", copied(kept.head.state_dict()))  # it will be fitted again
+            for index, (z, y) in enumerate(kept.samples):
+                state |= {f"{client}.z.{index}": z, f"{client}.y.{index}": y}
+        return state
+
+    def load(self, state: Mapping[str, Tensor], part: ServerPart) -> None:
+        for client in sorted({int(name.partition(".")[0]) for name in state}):
+            kept = self._client(part, client)
+            kept.fitted = int(state[f"{client}.fitted"])
+            for name, tensor in kept.head.state_dict().items():
+                tensor.copy_(state[f"{client}.head.{name}"])
+            device = next(kept.head.parameters()).device
+            while (z := state.get(f"{client}.z.{len(kept.samples)}")) is not None:
+                y = state[f"{client}.y.{len(kept.samples)}"]
+                kept.samples.append((z.to(device), y.to(device)))
 
     def _client(self, part: ServerPart, client: int) -> _Client:
         assert part.head is not None, "the server has the clients' first head"

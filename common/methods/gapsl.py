@@ -17,7 +17,7 @@ about three. A client left out has no part in the loss: its answer is "skip".
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -50,6 +50,7 @@ def gapsl(
         may_skip=True,
         gather=Gather.ALL,
         sync="none",
+        memory=server,
     )
 
 
@@ -96,6 +97,12 @@ class _Server:
         mean = torch.stack(losses).mean().detach()
         gradients = [z.grad if k in kept else None for k, z in enumerate(zs)]
         return Answer(mean, gradients, {"clients_kept": len(kept)})
+
+    def state(self) -> dict[str, Tensor]:
+        return {"spread": torch.tensor([self._spread_min, self._spread_max], dtype=torch.float64)}
+
+    def load(self, state: Mapping[str, Tensor], part: ServerPart) -> None:
+        self._spread_min, self._spread_max = state["spread"].tolist()
 
     def _leaders(self, gradients: Tensor, progress: float) -> int:
         """How many clients lead this round."""

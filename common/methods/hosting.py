@@ -5,7 +5,7 @@ from what is held once more, the end of a round, scoring.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,7 +16,7 @@ from common.crops import augmented
 from common.methods.base import Answer, Method, Received, ServerPart
 from common.methods.replay import Replay, Shelf
 from common.optim import learning_rate, set_learning_rate, sgd
-from common.parts import average, load_state, state_of
+from common.parts import State, average, copied, found_under, load_state, state_of, under
 from common.run import Run
 
 
@@ -35,6 +35,35 @@ class Hosting:
             self.parts += [_copy(run, part) for _ in range(run.clients - 1)]
         self._samples = [0] * len(self.parts)  # of this round, by copy
         self._device = next(part.top.parameters(), torch.empty(0)).device
+        self.rounds = 0  # that have ended
+
+    def state(self) -> State:
+        """All that the next step depends on, but for the run: for a checkpoint. Copies of what changes."""
+        state: State = {}
+        for index, part in enumerate(self.parts):
+            state |= under(f"parts.{index}", copied(state_of(part)))
+        if self._method.memory is not None:
+            state |= under("memory", self._method.memory.state())
+        if self._replay is not None:
+            state |= under("replay", self._replay.state())
+        numbers = [self._began, self._latest, float(self.rounds), *map(float, self._samples)]
+        state["numbers"] = torch.tensor(numbers, dtype=torch.float64)
+        state["chance"] = self.parts[0].generator.get_state()
+        state["global_chance"] = torch.get_rng_state()
+        return state
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from what `state` gave."""
+        for index, part in enumerate(self.parts):
+            load_state(part, found_under(f"parts.{index}", state))
+        if self._method.memory is not None:
+            self._method.memory.load(found_under("memory", state), self.parts[0])
+        if self._replay is not None:
+            self._replay.load(found_under("replay", state), self._device)
+        self._began, self._latest, rounds, *samples = state["numbers"].tolist()
+        self.rounds, self._samples = int(rounds), [int(number) for number in samples]
+        self.parts[0].generator.set_state(state["chance"])
+        torch.set_rng_state(state["global_chance"])
 
     def step(self, group: Sequence[Received]) -> Answer:
         """One step of the method's rule on the group, at the learning rate of its progress."""
@@ -72,6 +101,7 @@ class Hosting:
         more. Averages copies, weighted by the samples of the round; their momentum stays. A copy that was
         not trained, its client being lost, has no weight; if none was, nothing changes.
         """
+        self.rounds += 1
         if self._replay is not None:
             return self._replay_round(self._replay)
         if self._method.copies and any(self._samples):
@@ -110,10 +140,10 @@ class Hosting:
         top.train()
         return out
 
-    def new_head(self, client: int) -> nn.Module:
-        """The head that the method makes for this client."""
+    def new_head(self, client: int, epoch: int) -> nn.Module:
+        """The head that the method makes for this client after this epoch."""
         assert self._method.new_head is not None, "the method makes heads"
-        return self._method.new_head(self.parts[0], client)
+        return self._method.new_head(self.parts[0], client, epoch)
 
     def _pace(self, part: ServerPart, progress: float) -> None:
         set_learning_rate(part.optimizer, learning_rate(self._run, progress))

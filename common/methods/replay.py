@@ -6,12 +6,14 @@ Batches are kept as they travelled, so that a codec saves memory as it saves tra
 """
 
 import heapq
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from common.codecs import Parcel
+from common.codecs import Encoded, Parcel, parse
 from common.methods.base import Received
 
 
@@ -83,6 +85,44 @@ class Replay:
             self._forget(-place)
         z: Tensor = parcel.open()
         return replace(kept.batch, z=z.to(kept.batch.z.device))
+
+    def state(self) -> dict[str, Tensor]:
+        """All that is kept, still closed; and how often each was used."""
+        state = {}
+        for uses, place in self._queue:
+            kept = self._kept[-place]
+            parcel, batch = kept.parcel(), kept.batch
+            facts = {
+                "codec": parcel.codec.name,
+                "shape": list(parcel.encoded.shape),
+                "size": kept.size,
+                "uses": uses,
+                "client": batch.client,
+                "progress": batch.progress,
+            }
+            name = str(-place)
+            state[f"{name}.facts"] = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
+            state[f"{name}.y"] = batch.y.cpu()
+            for index, tensor in enumerate(parcel.encoded.tensors):
+                state[f"{name}.{index}"] = tensor.cpu()
+        return state
+
+    def load(self, state: Mapping[str, Tensor], device: torch.device) -> None:
+        """Has what `state` gave; labels on the device."""
+        for number in sorted(int(name.partition(".")[0]) for name in state if name.endswith(".facts")):
+            facts = json.loads(bytes(state[f"{number}.facts"].tolist()))
+            payload: list[Tensor] = []
+            while (tensor := state.get(f"{number}.{len(payload)}")) is not None:
+                payload.append(tensor)
+            parcel = Parcel(parse(facts["codec"]), Encoded(tuple(facts["shape"]), payload))
+            y = state[f"{number}.y"].to(device)
+            nothing = torch.empty(0, device=device)
+            batch = Received(nothing, y, facts["client"], facts["progress"], wanted=False)
+            self._kept[number] = Kept(batch, self._shelf.put(number, parcel), facts["size"])
+            self._queue.append((facts["uses"], -number))
+            self.size += facts["size"]
+            self._came = number
+        heapq.heapify(self._queue)
 
     def _drop(self, entry: tuple[int, int]) -> None:
         self._queue.remove(entry)

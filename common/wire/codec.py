@@ -6,7 +6,7 @@ written straight into one buffer. What leaves here needs no further check.
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from common.nets.cut import CutNet, shape_after
 from common.parts import Spec, State, after_cut
 from common.run import Run
 from common.wire import split_learning_pb2 as pb
-from common.wire.pieces import PIECE_BYTES, Head, Piece
+from common.wire.pieces import PIECE_BYTES, Digest, Head, Piece
 
 _CODES: Mapping[torch.dtype, pb.Dtype] = {
     torch.float32: pb.DTYPE_FLOAT32,
@@ -103,6 +103,18 @@ def pack_batch(
         y = [_on_host(batch.y).to(spec.label_dtype)]
         head.labels.CopyFrom(_describe(y[0]))
     return _pack(kind, "batch", head, batch.z, _Sending(spec.travel, way, client, sequence, choice), y)
+
+
+def sealed(frame: Iterable[Piece[Any]]) -> list[Piece[Any]]:
+    """The pieces of batches, with the digest of its data in each one's head."""
+    whole = list(frame)
+    for index, piece in enumerate(whole):
+        if piece.head.WhichOneof("head") == "batch":
+            digest = Digest(piece, iter(whole[index + 1 :]))
+            for _ in digest:
+                pass
+            piece.head.batch.digest = digest.value
+    return whole
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ the head is built by protobuf, the data is framed by hand and copied once. Any c
 language reads and writes the same bytes with its generated classes.
 """
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -31,6 +32,23 @@ class Piece(Generic[Head]):
     def size(self) -> int:
         """Bytes of data."""
         return sum(chunk.nbytes for chunk in self.chunks)
+
+
+class Digest(Iterator[Piece[Any]]):
+    """CRC-32 of the data of a frame's pieces: of the first, and of the rest as they are iterated over."""
+
+    def __init__(self, first: Piece[Any], rest: Iterator[Piece[Any]]) -> None:
+        self.value, self._rest = 0, rest
+        self._add(first)
+
+    def __next__(self) -> Piece[Any]:
+        piece = next(self._rest)
+        self._add(piece)
+        return piece
+
+    def _add(self, piece: Piece[Any]) -> None:
+        for chunk in piece.chunks:
+            self.value = zlib.crc32(chunk, self.value)
 
 
 def serialized_size(piece: Piece[Any]) -> int:

@@ -17,6 +17,7 @@ from common.wire import split_learning_pb2 as pb
 from common.wire.pieces import Piece
 
 SERVICE: str = pb.DESCRIPTOR.services_by_name["SplitLearningService"].full_name
+EXPECTED = "dsl-expected-seq"  # beside ABORTED: the number of the batch that is due
 VERSION = 1  # of the protocol; a range is agreed on at Join
 
 T = TypeVar("T")

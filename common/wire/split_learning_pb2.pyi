@@ -65,64 +65,90 @@ DTYPE_BFLOAT16: Dtype
 DTYPE_INT32: Dtype
 
 class JoinRequest(_message.Message):
-    __slots__ = ("oldest_version", "newest_version", "name", "codecs")
+    __slots__ = ("oldest_version", "newest_version", "name", "codecs", "identity", "run_id", "durable", "takeover", "session")
     OLDEST_VERSION_FIELD_NUMBER: _ClassVar[int]
     NEWEST_VERSION_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     CODECS_FIELD_NUMBER: _ClassVar[int]
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_FIELD_NUMBER: _ClassVar[int]
+    TAKEOVER_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
     oldest_version: int
     newest_version: int
     name: str
     codecs: _containers.RepeatedScalarFieldContainer[Codec]
-    def __init__(self, oldest_version: _Optional[int] = ..., newest_version: _Optional[int] = ..., name: _Optional[str] = ..., codecs: _Optional[_Iterable[_Union[Codec, str]]] = ...) -> None: ...
+    identity: str
+    run_id: str
+    durable: int
+    takeover: bool
+    session: str
+    def __init__(self, oldest_version: _Optional[int] = ..., newest_version: _Optional[int] = ..., name: _Optional[str] = ..., codecs: _Optional[_Iterable[_Union[Codec, str]]] = ..., identity: _Optional[str] = ..., run_id: _Optional[str] = ..., durable: _Optional[int] = ..., takeover: _Optional[bool] = ..., session: _Optional[str] = ...) -> None: ...
 
 class JoinResponse(_message.Message):
-    __slots__ = ("welcome",)
+    __slots__ = ("welcome", "durable")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ...) -> None: ...
+    durable: Durable
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., durable: _Optional[_Union[Durable, _Mapping]] = ...) -> None: ...
+
+class Durable(_message.Message):
+    __slots__ = ("sequence",)
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    def __init__(self, sequence: _Optional[int] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("version", "run", "client", "session")
+    __slots__ = ("version", "run", "client", "session", "run_id", "received")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_FIELD_NUMBER: _ClassVar[int]
     version: int
     run: str
     client: int
     session: str
-    def __init__(self, version: _Optional[int] = ..., run: _Optional[str] = ..., client: _Optional[int] = ..., session: _Optional[str] = ...) -> None: ...
+    run_id: str
+    received: int
+    def __init__(self, version: _Optional[int] = ..., run: _Optional[str] = ..., client: _Optional[int] = ..., session: _Optional[str] = ..., run_id: _Optional[str] = ..., received: _Optional[int] = ...) -> None: ...
 
 class Segment(_message.Message):
-    __slots__ = ("session", "epoch", "first_sequence", "batches", "samples", "first_epoch")
+    __slots__ = ("session", "epoch", "first_sequence", "batches", "samples", "first_epoch", "place")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     FIRST_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     BATCHES_FIELD_NUMBER: _ClassVar[int]
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
     FIRST_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    PLACE_FIELD_NUMBER: _ClassVar[int]
     session: str
     epoch: int
     first_sequence: int
     batches: int
     samples: int
     first_epoch: int
-    def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., first_sequence: _Optional[int] = ..., batches: _Optional[int] = ..., samples: _Optional[int] = ..., first_epoch: _Optional[int] = ...) -> None: ...
+    place: int
+    def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., first_sequence: _Optional[int] = ..., batches: _Optional[int] = ..., samples: _Optional[int] = ..., first_epoch: _Optional[int] = ..., place: _Optional[int] = ...) -> None: ...
 
 class Batch(_message.Message):
-    __slots__ = ("sequence", "activations", "labels", "payload", "codec")
+    __slots__ = ("sequence", "activations", "labels", "payload", "codec", "digest")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     ACTIVATIONS_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     activations: TensorSpec
     labels: TensorSpec
     payload: _containers.RepeatedCompositeFieldContainer[TensorSpec]
     codec: CodecSpec
-    def __init__(self, sequence: _Optional[int] = ..., activations: _Optional[_Union[TensorSpec, _Mapping]] = ..., labels: _Optional[_Union[TensorSpec, _Mapping]] = ..., payload: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., codec: _Optional[_Union[CodecSpec, _Mapping]] = ...) -> None: ...
+    digest: int
+    def __init__(self, sequence: _Optional[int] = ..., activations: _Optional[_Union[TensorSpec, _Mapping]] = ..., labels: _Optional[_Union[TensorSpec, _Mapping]] = ..., payload: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., codec: _Optional[_Union[CodecSpec, _Mapping]] = ..., digest: _Optional[int] = ...) -> None: ...
 
 class Skipped(_message.Message):
     __slots__ = ("sequence", "samples")

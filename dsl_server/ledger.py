@@ -1,0 +1,258 @@
+"""Which batches have come, been trained on, and been saved: counted for each client, without a gap.
+
+A pure state machine: no clock, no thread, no input or output. Each client numbers its batches 1, 2, 3, ...;
+the ledger takes each number once, in its order, whatever is lost, sent again, or dies in between:
+
+    received  >=  applied  >=  what a checkpoint has applied       (of one client, by its numbers)
+       |             |
+    it lies in    the part has
+    its lane      learned of it
+
+A server that dies forgets what it had received and applied beyond its last checkpoint; since the ledger is in
+the checkpoint, with the weights, it then knows exactly what it has forgotten, and clients send that again.
+"""
+
+import hashlib
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from common.errors import (
+    ConflictError,
+    FullError,
+    RefusedError,
+    SequenceError,
+    StaleError,
+    TakenError,
+)
+
+_NOTHING = hashlib.sha256().hexdigest()
+
+
+@dataclass(frozen=True)
+class Mark:
+    """How far a client's batches have come: what one more of them changes.
+
+    samples: of all up to this one. chain: a hash over all of them in their order. epochs: that it has sent to
+    the end.
+    """
+
+    sequence: int = 0
+    samples: int = 0
+    chain: str = _NOTHING
+    epochs: int = 0
+
+    def then(self, samples: int, digest: int, last: bool) -> "Mark":
+        """After one more batch. digest: of its bytes. last: of its epoch."""
+        sequence = self.sequence + 1
+        link = f"{self.chain} {sequence} {samples} {digest}"
+        return Mark(
+            sequence,
+            self.samples + samples,
+            hashlib.sha256(link.encode()).hexdigest(),
+            self.epochs + last,
+        )
+
+
+@dataclass
+class Account:
+    """What is known of one client.
+
+    sessions: how often it has joined. session: the last one, which only it and the server know; who speaks
+    for an earlier one is fenced off. present: that session is not over.
+    """
+
+    client: int
+    name: str
+    identity: str = ""  # a hash: the secret itself is kept by nobody but the client
+    sessions: int = 0
+    session: str = ""
+    present: bool = False
+    received: Mark = field(default_factory=Mark)
+    applied: Mark = field(default_factory=Mark)
+    latest: int | None = None  # the digest of the batch received last
+    laid: int = 0  # the number up to which all that was received lies in its lane
+    left: bool = False
+    lost: str = ""  # why it is gone, where the run goes on without it
+
+    @property
+    def gone(self) -> bool:
+        return self.left or bool(self.lost)
+
+    def __str__(self) -> str:
+        return f"client {self.client} ({self.name})"
+
+
+@dataclass(frozen=True)
+class Newcomer:
+    """Who asks to join. identity: its secret, none if it will not come back. session: its last one, if this
+    process has had any. durable: the number up to which it has thrown its batches away. single: of this name
+    there is but one."""
+
+    name: str
+    identity: str = ""
+    run_id: str = ""
+    session: str = ""
+    durable: int = 0
+    takeover: bool = False
+    single: bool = False
+
+
+class Ledger:
+    """places: clients of the run. binding: a number stands for certain bytes, and never for others.
+
+    Not thread-safe: whoever shares it holds a lock.
+    """
+
+    def __init__(self, places: int, run_id: str = "", binding: bool = True) -> None:
+        self.places, self._binding = places, binding
+        self.run_id = run_id or secrets.token_hex(8)
+        self.accounts: list[Account] = []  # by client
+        self.duplicates = 0  # batches that came again
+
+    # ------------------------------------------------------------ who is there
+
+    def join(self, who: Newcomer) -> Account:
+        """A place for a newcomer, or the one that it had; its session is a new one in any case.
+
+        Raises RefusedError where it comes back to what cannot be its run, FullError when all places are
+        taken, TakenError while another has this identity.
+        """
+        known = self._of(who)
+        if who.run_id and (known is None or who.run_id != self.run_id):
+            raise RefusedError(
+                f"{who.name!r} comes back to run {who.run_id[:16]!r}; this is run {self.run_id}, which does "
+                "not know it: start the server with --resume of that run's folder, or the client with "
+                "another --state"
+            )
+        if known is None:
+            return self._added(who)
+        if known.left:
+            raise RefusedError(f"{known} has left: it has trained to the end")
+        if known.lost:
+            raise RefusedError(f"the run goes on without it: {known.lost}")
+        if known.applied.sequence < who.durable:
+            raise RefusedError(
+                f"{known} has thrown away its batches up to {who.durable}, and the server has them up to "
+                f"{known.applied.sequence} only: this checkpoint is too old; resume from the newest one"
+            )
+        if who.session and known.session and who.session != known.session:
+            raise RefusedError(f"another process has taken the place of {known}")
+        if known.present and not (who.session or who.takeover):
+            raise TakenError(
+                f"another process is {known} at present; stop that one, or say --takeover to end its "
+                "membership"
+            )
+        known.sessions += 1
+        known.session, known.present = secrets.token_hex(16), True
+        return known
+
+    def account(self, session: str) -> Account:
+        """Whose session this is. Raises StaleError for one that is over."""
+        for account in self.accounts:
+            if session and account.session == session and account.present and not account.gone:
+                return account
+        raise StaleError("this call names no present member of the run; join first")
+
+    def away(self, session: str) -> bool:
+        """The connection of that session has gone; whether it was still the client's last one."""
+        for account in self.accounts:
+            if account.session == session and account.present:
+                account.present = False
+                return True
+        return False
+
+    # ------------------------------------------------------------ what has come
+
+    def receive(
+        self, account: Account, session: str, sequence: int, samples: int, digest: int, last: bool
+    ) -> Mark | None:
+        """Takes the batch of this number, and says how far that goes; None where it has been taken before.
+
+        last: of its epoch. Raises StaleError for a session that is over, SequenceError when another number is
+        due, ConflictError when the number has been given to other bytes.
+        """
+        self.check(account, session)
+        due = account.received.sequence + 1
+        if sequence > due or (
+            sequence < due and not account.identity
+        ):  # who cannot come back repeats nothing
+            raise SequenceError(f"{account}: batch {sequence} came, but batch {due} is due", due)
+        if sequence < due:
+            if self._binding and sequence == due - 1 and account.latest not in (None, digest):
+                raise ConflictError(f"{account}: batch {sequence} came before, with other contents")
+            self.duplicates += 1
+            return None
+        account.received = account.received.then(samples, digest, last)
+        account.latest = digest
+        return account.received
+
+    def check(self, account: Account, session: str) -> None:
+        """Raises why this session is over, if it is."""
+        if account.session != session or not account.present:
+            raise StaleError(f"this call is of a membership of {account} that is over")
+
+    def give_back(self, account: Account) -> None:
+        """What was received and not applied is not to be applied any more: it is due again."""
+        account.received, account.latest, account.laid = account.applied, None, account.applied.sequence
+
+    def apply(self, account: Account, mark: Mark) -> None:
+        """The server's part has learned of the batches up to this mark."""
+        assert account.applied.sequence <= mark.sequence <= account.received.sequence, (account, mark)
+        account.applied = mark
+
+    # ------------------------------------------------------------ what lasts
+
+    def snapshot(self) -> dict[str, Any]:
+        """What a checkpoint holds of it, in terms of JSON: what is applied, and nobody's session."""
+        return {
+            "run_id": self.run_id,
+            "accounts": [
+                {
+                    "client": account.client,
+                    "name": account.name,
+                    "identity": account.identity,
+                    "sessions": account.sessions,
+                    "applied": asdict(account.applied),
+                    "left": account.left,
+                    "lost": account.lost,
+                }
+                for account in self.accounts
+            ],
+        }
+
+    @classmethod
+    def restored(cls, places: int, snapshot: Mapping[str, Any], binding: bool = True) -> "Ledger":
+        """As it was then; nobody is present, and what was received only is due again."""
+        ledger = cls(places, snapshot["run_id"], binding)
+        for known in snapshot["accounts"]:
+            mark = Mark(**known["applied"])
+            rest = {name: value for name, value in known.items() if name != "applied"}
+            ledger.accounts.append(Account(**rest, received=mark, applied=mark, laid=mark.sequence))
+        return ledger
+
+    def _of(self, who: Newcomer) -> Account | None:
+        identity = hashed(who.identity)
+        return next((a for a in self.accounts if identity and a.identity == identity), None)
+
+    def _added(self, who: Newcomer) -> Account:
+        if who.single and any(account.name == who.name for account in self.accounts):
+            raise TakenError(
+                f"{who.name!r} has a place in the run; each client needs a certificate of its own"
+            )
+        if len(self.accounts) == self.places:
+            names = ", ".join(map(str, self.accounts))
+            raise FullError(
+                f"{who.name!r} is one too many: the run has places for {self.places} and they are taken by "
+                f"{names}; start the server with --clients {self.places + 1}"
+            )
+        session = secrets.token_hex(16)
+        account = Account(len(self.accounts), who.name, hashed(who.identity), 1, session, present=True)
+        self.accounts.append(account)
+        return account
+
+
+def hashed(secret: str) -> str:
+    """What is kept of an identity."""
+    return hashlib.sha256(secret.encode()).hexdigest() if secret else ""
