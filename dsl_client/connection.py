@@ -50,6 +50,8 @@ class Connection:
         self._delivery: Delivery | None = None
         self._leaving = self._leaving_for_good = self._lasting = False
         self._over: SplitLearningError | None = None
+        self._membership: Any = None  # the call
+        self._channels: list[grpc.Channel] = []  # the last one is used; closing one under a call is an error
         self.session, self.generation, self._client = "", 0, -1
         self._received = 0  # of this client's batches, when it last joined
         self._fruitless = 0  # times that it came back since anything got through
@@ -90,7 +92,7 @@ class Connection:
             try:
                 if own := self._credentials:  # they may have been renewed meanwhile
                     self._credentials = tls.Credentials.read(own.folder, own.end)
-                self._open()
+                    self._open()
                 self._join(takeover=False)
                 return
             except RefusedError:
@@ -236,11 +238,12 @@ class Connection:
             segment.fail(reason)
         if self._delivery:
             self._delivery.close(reason)
-        self._channel.close()
+        for channel in self._channels:
+            channel.close()
 
     def _connect(self, patience: float) -> None:
         """Raises IdentityError as soon as it is certain that waiting is of no use."""
-        ready, end = grpc.channel_ready_future(self._channel), time.monotonic() + patience
+        ready, end = grpc.channel_ready_future(self._channels[-1]), time.monotonic() + patience
         while True:
             try:
                 ready.result(min(PREFLIGHT_S, max(0.0, end - time.monotonic())))
@@ -263,14 +266,14 @@ class Connection:
         kind += "_stream" if which.responses_stream else "_unary"
         write = rpc.writer(which.request, which.requests_in_pieces)
         read = rpc.reader(which.response, which.responses_in_pieces)
-        return getattr(self._channel, kind)(
+        return getattr(self._channels[-1], kind)(
             which.path,
             request_serializer=traffic.writing(which, "up", self._clock.function("encode", write)),
             response_deserializer=traffic.reading(which, "down", read),
         )
 
     def _open(self) -> None:
-        self._channel = _channel(self._target, self._credentials)
+        self._channels.append(_channel(self._target, self._credentials))
         self._calls = {which: self._prepared(which, self._traffic) for which in rpc.RPCS}
 
     def _drop(self) -> None:
@@ -279,7 +282,8 @@ class Connection:
         for segment in self._segments:
             segment.fail(over)
         self._segments.clear()
-        self._channel.close()
+        if self._membership:
+            self._membership.cancel()
 
     def _watch(self, membership: Any, generation: int) -> None:
         try:

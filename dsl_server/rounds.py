@@ -5,7 +5,7 @@ ledger's; here threads wait for it.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -288,9 +288,12 @@ class Rounds:
             }
             return tensors, facts
 
-    def restore(self, tensors: State, facts: dict[str, Any]) -> None:
-        """The rest, beside the ledger."""
-        self._average, self._relayed = found_under("average", tensors), found_under("relayed", tensors)
+    def restore(self, tensors: State, facts: dict[str, Any], names: Sequence[str]) -> None:
+        """The rest, beside the ledger. names: of the parts, in their order."""
+        self._average, self._relayed = (
+            {name: state[name] for name in names if name in state}
+            for state in (found_under("average", tensors), found_under("relayed", tensors))
+        )
         self._averages_made, self._turn = facts["averages_made"], facts["turn"]
 
     def _expect_at_most(self, member: Member, sequence: int) -> None:

@@ -22,7 +22,17 @@ from common.methods import build_method, settled
 from common.methods.base import Gather
 from common.methods.hosting import Hosting
 from common.nets.cut import build
-from common.parts import State, averaged_state, client_part, found_under, server_part, specs, state_of, under
+from common.parts import (
+    Spec,
+    State,
+    averaged_state,
+    client_part,
+    found_under,
+    server_part,
+    specs,
+    state_of,
+    under,
+)
 from common.run import Run
 from common.rundir import RunFolder
 from common.tls import Credentials, Guard
@@ -97,7 +107,7 @@ class Server:
         ledger = Ledger(run.clients, binding=binding)
         if saved:
             ledger = Ledger.restored(run.clients, saved.facts["rounds"]["ledger"], binding)
-        self.rounds = Rounds(run, self.inbox.close, self._lose, ledger)
+        self.rounds = Rounds(run, self._close, self._lose, ledger)
         self.sockets = Sockets()
         self.record = Record(run, net.cut_shape, folder, self.traffic, self.sockets, self._clock, device)
         self._saver = self._made_saver() if run.lasts else Unsaved()
@@ -131,7 +141,7 @@ class Server:
             self._saver,
         )
         if saved:
-            self._restore(saved)
+            self._restore(saved, part_specs)
         self._grpc, self._health, self.port = _listen(
             listen, run.clients, self._service, self.traffic, credentials
         )
@@ -223,13 +233,13 @@ class Server:
         }
         return tensors, facts
 
-    def _restore(self, saved: Saved) -> None:
+    def _restore(self, saved: Saved, part_specs: Mapping[str, Spec]) -> None:
         facts = saved.facts
         try:
             if facts["run"] != json.loads(json.dumps(asdict(self.run))):
                 raise ConfigError(f"--resume {self._folder.path}: its checkpoints are of another run")
             self.hosting.load(found_under("hosting", saved.tensors))
-            self.rounds.restore(found_under("rounds", saved.tensors), facts["rounds"])
+            self.rounds.restore(found_under("rounds", saved.tensors), facts["rounds"], list(part_specs))
             self._service.restore(found_under("answers", saved.tensors), facts["answered"])
             accounts = self.rounds.members()
             gone = [account.client for account in accounts if account.gone]
@@ -254,6 +264,10 @@ class Server:
         serving = health_pb2.HealthCheckResponse
         self._health.set("", serving.NOT_SERVING if trouble else serving.SERVING)
         self._on_trouble(trouble or "checkpoints can be written again")
+
+    def _close(self, reason: ClosedError) -> None:
+        self.inbox.close(reason)
+        self._saver.close(reason)
 
     def _lose(self, client: int, reason: ClosedError) -> None:
         # The record first: once the inbox has no clients left, `wait` is over and the summary is written.

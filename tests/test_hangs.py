@@ -351,7 +351,7 @@ def test_a_client_that_is_refused_leaves_nothing_running(tmp_path: Path) -> None
 
 def gone(connection: Connection) -> None:
     """As a process that is killed: the connection is over, and not a word was said."""
-    connection._channel.close()
+    connection._channels[-1].close()
 
 
 def test_a_client_that_vanishes_ends_the_one_that_waits_for_it_in_an_average(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ class Federation:
             client.result(timeout=SOON_S)
         assert self.server.wait(timeout=SOON_S)
         for connection in self.connections:
-            connection._channel.close()
+            connection._channels[-1].close()
         return self.server.finish()
 
 

@@ -1,9 +1,9 @@
-"""What tests of crashes share: a federation whose server dies and starts anew, and what must hold at its end."""
+"""What tests of crashes share: a federation whose server dies and starts anew, and what holds at its end."""
 
 import json
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from common.checkpoint import Checkpoints
-from common.errors import ClosedError
+from common.errors import ClosedError, StaleError
 from common.meter import Clock, Traffic
 from common.methods import build_method, settled
 from common.methods.base import ClientPart
@@ -61,7 +61,7 @@ class Life:
         """Its calls are cut, and nothing of what it knew is written."""
         assert self.server
         server, self.server = self.server, None
-        server._saver.close(ClosedError("crashed"))
+        server._saver.close(StaleError("crashed"))
         server._grpc.stop(grace=None).wait()
         server.rounds.close(ClosedError("crashed"))
         server.inbox.close(ClosedError("crashed"))
@@ -111,9 +111,14 @@ def live(
         for index in range(len(data)):
             connection = Connection(f"127.0.0.1:{life.port}", Traffic(), Clock(), memory=Memory())
             joined.append((connection, connection.join(f"{names}-{index}", patience=30).client))
-        parts = [pool.submit(_train, run, connection, index, data[index], test) for connection, index in joined]
-        pool.submit(disturb, life).result(60)
-        trained = [part.result(timeout=60) for part in parts]
+        parts = [
+            pool.submit(_train, run, connection, index, data[index], test) for connection, index in joined
+        ]
+        disturbed = pool.submit(disturb, life)
+        done, _ = wait([*parts, disturbed], 60, FIRST_EXCEPTION)
+        for future in done:
+            future.result()  # raises what went wrong first
+        trained = [part.result(timeout=0) for part in parts]
         assert life.server
         assert life.server.wait(timeout=10), "every client has left"
         summary = life.server.finish()
