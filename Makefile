@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint stubs bench-accuracy bench-codecs bench-link bench-methods bench-overlap bench-traffic bench-wire clean
+.PHONY: demo test lint stubs bench-accuracy bench-codecs bench-link bench-methods bench-overlap bench-traffic bench-wire clean fuzz
 
 demo: $(VENV)/ready
 	$(BIN)/dsl demo
@@ -15,6 +15,11 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fuzz: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --editable '.[fuzz]'
+	mkdir -p fuzz/found
+	$(BIN)/python -m fuzz -runs=200000 -max_len=2048 -artifact_prefix=fuzz/found/ fuzz/found fuzz/corpus
 
 stubs: $(VENV)/ready
 	$(BIN)/python tools/stubs.py

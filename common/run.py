@@ -228,7 +228,7 @@ class Run:
         """Raises ConfigError for unknown keys, wrong types or values."""
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:  # the latter where it is nested too deep
             raise ConfigError(f"the run's description is not JSON: {error}") from error
         return Run(**checked(values, "the run's description"))
 

@@ -258,6 +258,10 @@ class Rounds:
     def take_turn(self, member: Member, epoch: int) -> State:
         """Waits for the member's turn; the part of the client before it, empty at the first turn."""
         turn = epoch * self._run.clients + member.client
+        with self._changed:
+            self._check_open(member)
+            if epoch >= self._run.epochs or self._turn <= turn - self._run.clients:
+                raise WireError(f"{member}: its turn of epoch {epoch} cannot come before the one that is due")
         self._wait_for(lambda: self._turn >= turn, member)
         if self._turn != turn:
             raise WireError(f"{member}: its turn of epoch {epoch} is over")

@@ -303,6 +303,8 @@ class Service:
             return pb.LeaveResponse()
         if self._rounds.is_receiving(member) and self._method.tail is Tail.LAST:
             raise RefusedError(f"{member} has not finished its segment: the trainer may wait for a gradient")
+        if not all(0 <= seconds < math.inf for seconds in request.measurements.seconds.values()):
+            raise WireError(f"{member}: measured seconds that are none")
         self._record.left(request.measurements)
         self._audit("left", context.peer(), member.name)
         self._rounds.leave(member)

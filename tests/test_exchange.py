@@ -34,10 +34,11 @@ from dsl_client.connection import Connection
 from dsl_client.trainer import Trainer
 from dsl_server.inbox import Inbox, Job, ThroughTail
 from dsl_server.server import Server
+from tests.faults.test_c1_malformed import MALFORMED
 from tests.federation import CPU, Batches, arrived, connect, serving, small_run, spec_of
 from tests.ordinary import DEADLINE_S, Ordinary, batch_message, member, refused, smashed
 from tests.test_hangs import SOON_S, Pretender, all_train, ended, gone, gradient, told
-from tests.test_service import MALFORMED, same, weights
+from tests.test_service import same, weights
 from tests.threads import in_thread, wait_for, waits
 
 pytestmark = pytest.mark.timeout(60)

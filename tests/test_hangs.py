@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import math
 import queue
-import resource
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,24 +19,23 @@ import grpc
 import pytest
 import torch
 
-from common.errors import ClosedError, FullError, SplitLearningError, WireError
+from common.errors import ClosedError, FullError, SplitLearningError
 from common.meter import Clock, Traffic
 from common.methods import METHODS, build_method
 from common.methods.base import Answer, Received, ServerPart, Smashed
 from common.methods.hosting import Hosting
-from common.parts import state_of
 from common.run import Run
 from common.wire import rpc
 from common.wire import split_learning_pb2 as pb
 from common.wire.pieces import Piece
 from dsl_client.connection import Connection
 from dsl_client.stream import Examination, Flow, Outgoing, Segment
-from dsl_client.trainer import Trainer
 from dsl_server import service
 from dsl_server.inbox import Errand, Job
 from dsl_server.record import Record
 from dsl_server.server import Server
 from tests.federation import Batches, connect, serving, small_run, spec_of, train
+from tests.memory import resident_bytes
 from tests.ordinary import member, smashed
 from tests.threads import in_thread, wait_for, waits
 
@@ -541,10 +539,6 @@ def test_a_slow_server_holds_dsl_clients_back_and_memory_stays_flat(
         connection.close()
 
 
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
 # ---------------------------------------------------------------- the server answers nonsense
 
 
@@ -587,24 +581,6 @@ def gradient(
     return pb.TrainResponse(gradient=pb.Gradient(sequence=sequence, gradient=spec), data=data)
 
 
-NONSENSE: dict[str, tuple[list[Any], str]] = {
-    "of another shape": ([gradient(shape=(8, 16, 4, 16))], "gradient: shape"),
-    "of fewer samples": ([gradient(shape=(7, 16, 8, 8))], "gradient: shape"),
-    "of a negative shape": ([gradient(shape=(-8, 16, 8, 8))], "gradient: shape"),
-    "of another type": ([gradient(dtype=pb.DTYPE_INT64)], "gradient: dtype DTYPE_INT64"),
-    "not a number": ([gradient(fill=math.nan)], "the gradient of batch 1: NaN or infinite"),
-    "infinite": ([gradient(fill=math.inf)], "the gradient of batch 1: NaN or infinite"),
-    "for a batch to come": ([gradient(sequence=2)], "the gradient of batch 2 came; that of batch 1 was due"),
-    "for no batch": ([gradient(sequence=0)], "the gradient of batch 0 came; that of batch 1 was due"),
-    "cut short": ([pb.TrainResponse(gradient=gradient().gradient, data=b"abc")], "the stream ended"),
-    "too long": ([pb.TrainResponse(gradient=gradient().gradient, data=bytes(40_000))], "has more than"),
-    "no gradient": ([pb.TrainResponse(gradient=pb.Gradient(sequence=1))], "has no gradient"),
-    "without a head": ([pb.TrainResponse(data=b"abc")], "expected the beginning of a frame (gradient)"),
-    "malformed": ([b"\xff\xff"], "a message"),
-    "malformed later": ([pb.TrainResponse(gradient=gradient().gradient), b"\xff"], "a message"),
-}
-
-
 @contextlib.contextmanager
 def pretending(answers: Sequence[Any]) -> Iterator[tuple[Run, Connection]]:
     run = small_run(method="csl")
@@ -616,17 +592,6 @@ def pretending(answers: Sequence[Any]) -> Iterator[tuple[Run, Connection]]:
     finally:
         connection.close()
         pretender.stop()
-
-
-@pytest.mark.parametrize("what", NONSENSE)
-def test_a_gradient_that_cannot_be_ends_the_client_with_a_wire_error(what: str) -> None:
-    answers, says = NONSENSE[what]
-    with pretending(answers) as (run, connection):
-        segment = connection.segment(0, 1, 1, 8, spec_of(run), build_method(run), 2)
-        answer = in_thread(segment, smashed(run))
-        error = told(answer)
-        assert isinstance(error, WireError)
-        assert says in str(error)
 
 
 def test_a_server_that_closes_the_stream_without_an_answer_ends_the_client() -> None:
@@ -643,18 +608,3 @@ def test_an_answer_to_a_batch_that_was_not_sent_ends_the_client() -> None:
         segment.finish()
         error = told(in_thread(connection.settle))
         assert "answered a batch that was not sent" in str(error)
-
-
-def test_a_client_that_was_sent_nonsense_has_not_learned_from_it() -> None:
-    from common.nets.cut import build
-    from common.parts import client_part
-
-    with pretending([gradient(fill=math.nan)]) as (run, connection):
-        part = client_part(run, build_method(run), build(run), torch.device("cpu"))
-        learned = {name: tensor.clone() for name, tensor in state_of(part).items() if "running" not in name}
-        trainer = Trainer(run, 0, build_method(run), part, connection, spec_of(run), Clock())
-        data = Batches(run, 0, 8)
-        assert isinstance(told(in_thread(trainer.train, data, data)), WireError)
-        for name, tensor in learned.items():
-            if "num_batches" not in name:
-                assert torch.equal(state_of(part)[name], tensor), name

@@ -1,20 +1,16 @@
 """gRPC ignores options that it does not know, in silence: so here is what ours effect.
 
-What notices a frozen peer is in tests/test_processes.py, what is too long in tests/test_service.py.
+What notices a frozen peer is in tests/test_processes.py, what is too long in tests/faults/test_c_hostile.py.
 """
 
 from pathlib import Path
-from typing import Any
 
-import grpc
 import pytest
 
 from common.errors import ConfigError
 from common.rundir import RunFolder
-from common.wire.options import METADATA_BYTES
 from dsl_server.server import Server
 from tests.federation import CPU, connect, serving, small_run
-from tests.ordinary import member, smashed
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -34,14 +30,3 @@ def test_a_second_server_cannot_share_the_port(tmp_path: Path) -> None:
     run = small_run(sync="none")
     with serving(run, tmp_path) as first, pytest.raises(ConfigError, match="is the port in use"):
         Server(run, f"127.0.0.1:{first.port}", CPU, RunFolder(tmp_path / "second", run, "server"))
-
-
-def test_a_little_metadata_is_taken_and_too_much_is_not(tmp_path: Path) -> None:
-    with serving(small_run(), tmp_path) as server, member(server) as client:
-        stub: Any = client.channel.unary_unary("/dsl.v1.SplitLearningService/Leave")
-        for size, code in ((4000, grpc.StatusCode.FAILED_PRECONDITION), (3 * METADATA_BYTES, "refused")):
-            with pytest.raises(grpc.RpcError) as caught:
-                stub(b"", timeout=10, metadata=(("x-much", "a" * size),))
-            expected = grpc.StatusCode.RESOURCE_EXHAUSTED if code == "refused" else code
-            assert caught.value.code() is expected
-        client.send([smashed(server.run)])

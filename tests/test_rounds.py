@@ -277,7 +277,7 @@ def test_closing_wakes_all_who_wait_with_the_reason() -> None:
     waiting = [
         in_thread(rounds.average, ann, 0, part(1.0), 1),
         in_thread(rounds.average, bob, 0, part(1.0), 1),
-        in_thread(rounds.take_turn, cid, 5),
+        in_thread(rounds.take_turn, cid, 0),
         in_thread(rounds.wait_until_left, ann),
         in_thread(rounds.wait_until_finished),
         in_thread(rounds.wait_until_received, cid, 1),

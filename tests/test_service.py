@@ -9,11 +9,9 @@ import dataclasses
 import errno
 import json
 import math
-import random
-import struct
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +34,7 @@ from common.wire import codec
 from common.wire import rpc as rpcs
 from common.wire import split_learning_pb2 as pb
 from common.wire.codec import Arrived
-from common.wire.rpc import RPCS, SERVICE, Rpc
+from common.wire.rpc import SERVICE
 from dsl_server import rounds
 from dsl_server.kernel import Sockets
 from dsl_server.server import Server
@@ -55,14 +53,6 @@ SAMPLE_BYTES = 16 * 8 * 8 * 4  # one sample of small_run at the cut
 def dsl(tmp_path: Path) -> Iterator[Server]:
     with serving(small_run(method="dsl"), tmp_path) as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ordinary]:
-    """A member of a DSL run, for what must leave no trace: one for all such tests."""
-    run = small_run(method="dsl", clients=2)
-    with serving(run, tmp_path_factory.mktemp("standing")) as server, member(server) as client:
-        yield client
 
 
 @pytest.fixture(params=["dsl", "csl"])
@@ -221,145 +211,6 @@ def test_one_client_too_many_is_refused_at_once(tmp_path: Path) -> None:
         ann.send([smashed(run)])  # the others go on
 
 
-STRANGE_NAMES = {
-    "none": "",
-    "65 letters": "a" * 65,
-    "a million letters": "a" * 1_000_000,
-    "a blank": "a b",
-    "a path": "../x",
-    "a line's end": "ann\n",
-    "not ASCII": "é",
-    "a colour": "a\x1b[31m",
-    "a slash": "a/b",
-    "a zero": "a\x00",
-}
-
-
-@pytest.mark.parametrize("name", STRANGE_NAMES.values(), ids=STRANGE_NAMES)
-def test_a_client_must_have_a_decent_name(name: str, standing: Ordinary) -> None:
-    request = pb.JoinRequest(oldest_version=1, newest_version=1, name=name)
-    with refused(Code.INVALID_ARGUMENT, "client name", "use 1 to 64 letters, digits") as caught:
-        next(standing.stub.Join(request, timeout=DEADLINE_S))
-    assert len(caught.value.details()) < 500
-    assert caught.value.details().isprintable(), "a stranger must not write on our log"
-
-
-@pytest.mark.parametrize("session", ["", "0" * 32])
-def test_calls_that_name_no_member_are_refused(session: str, client: Ordinary) -> None:
-    client.session = session
-    with refused(Code.FAILED_PRECONDITION, "join first"):
-        send(client, client.segment(kind_of(client), [smashed(client.run)]))
-    with refused(Code.FAILED_PRECONDITION, "join first"):
-        evaluate(client, evaluation(client, [smashed(client.run)]))
-    with refused(Code.FAILED_PRECONDITION, "join first"):
-        sync(client, {}, purpose=pb.SYNC_PURPOSE_TAKE_TURN)
-    with refused(Code.FAILED_PRECONDITION, "join first"):
-        client.leave()
-
-
-def test_who_has_left_can_send_no_more(client: Ordinary) -> None:
-    client.leave()
-    with refused(Code.FAILED_PRECONDITION, "join first"):
-        client.send([smashed(client.run)])
-
-
-def test_a_dsl_client_is_refused_by_a_csl_server(tmp_path: Path) -> None:
-    with serving(small_run(method="csl"), tmp_path) as server, member(server) as client:
-        with refused(Code.FAILED_PRECONDITION, "csl answers batches", "Train"):
-            client.stream([smashed(server.run)])
-        client.train([smashed(server.run)])
-
-
-def test_a_csl_client_is_refused_by_a_dsl_server(dsl: Server) -> None:
-    with member(dsl) as client:
-        with refused(Code.FAILED_PRECONDITION, "dsl answers nothing", "StreamActivations"):
-            client.train([smashed(dsl.run)])
-        client.stream([smashed(dsl.run)])
-
-
-# ---------------------------------------------------------------- what is no message at all
-
-MALFORMED = (
-    b"\xff",  # a number cut off
-    b"\xa2\x06\x05ab",  # five bytes announced, two there
-    b"\x7a\xff\xff\xff\xff\x0f",  # more bytes announced than there are on earth
-    b"\x0b\x01",  # a group that does not end
-    b"\x0e\x01",  # a wire type that does not exist
-    b"\x00\x00",  # field 0
-    b"\xff" * 11,  # a number without end
-    random.Random(0).randbytes(3000),
-)
-
-
-def site(which: Rpc, folder: Path) -> Any:
-    """A server that takes this RPC."""
-    return serving(small_run(method="csl" if which is rpcs.TRAIN else "dsl"), folder)
-
-
-@pytest.mark.parametrize("which", RPCS, ids=lambda which: which.name)
-def test_malformed_bytes_are_an_invalid_argument(which: Rpc, tmp_path: Path) -> None:
-    with site(which, tmp_path) as server, member(server) as client:
-        for raw in MALFORMED:
-            with refused(Code.INVALID_ARGUMENT):
-                client.raw(which, [raw])
-        client.send([smashed(server.run)])
-
-
-STREAMS = [which for which in RPCS if which.requests_stream]
-
-
-@pytest.mark.parametrize("which", STREAMS, ids=lambda which: which.name)
-def test_malformed_bytes_in_the_midst_of_a_stream_are_too(which: Rpc, tmp_path: Path) -> None:
-    with site(which, tmp_path) as server, member(server) as client:
-        declared = pb.NamedTensorSpec(name="w", spec=pb.TensorSpec(dtype=pb.DTYPE_FLOAT32, shape=[1]))
-        first: Any = client.opening(kind_of(client), [smashed(server.run)])
-        if which is rpcs.EVALUATE:
-            first = evaluation(client, [])[0]
-        elif which is rpcs.SYNC_WEIGHTS:
-            first = pb.SyncWeightsRequest(weights=pb.Weights(tensors=[declared]))
-        for raw in MALFORMED:
-            with refused(Code.INVALID_ARGUMENT):
-                client.raw(which, [first.SerializeToString(), raw])
-        client.send([smashed(server.run)])
-
-
-@pytest.mark.parametrize("which", STREAMS, ids=lambda which: which.name)
-def test_a_stream_of_nothing_is_an_invalid_argument(which: Rpc, tmp_path: Path) -> None:
-    with site(which, tmp_path) as server, member(server) as client:
-        with refused(Code.INVALID_ARGUMENT, "ended before its first message"):
-            client.raw(which, [])
-        client.send([smashed(server.run)])
-
-
-def test_an_rpc_that_does_not_exist_is_unimplemented(dsl: Server) -> None:
-    with member(dsl) as client, refused(Code.UNIMPLEMENTED):
-        client.raw(dataclasses.replace(rpcs.LEAVE, name="Divide"), [b""])
-
-
-def test_a_message_above_the_limit_is_refused(client: Ordinary) -> None:
-    opening, frame = client.segment(kind_of(client), [smashed(client.run)])
-    frame.data = bytes(3 << 20)
-    with refused(Code.RESOURCE_EXHAUSTED):
-        send(client, [opening, frame])
-    client.send([smashed(client.run)])
-
-
-def test_a_small_message_that_swells_above_the_limit_is_refused(client: Ordinary) -> None:
-    kind = kind_of(client)
-    which = rpcs.TRAIN if client.run.method == "csl" else rpcs.STREAM_ACTIVATIONS
-    opening = client.opening(kind, [smashed(client.run)])
-    bomb = [opening.SerializeToString(), kind(data=bytes(100 << 20)).SerializeToString()]
-    with refused(Code.RESOURCE_EXHAUSTED):
-        client.raw(which, bomb, compression=grpc.Compression.Gzip)
-    client.send([smashed(client.run)])
-
-
-def test_too_much_metadata_is_refused(client: Ordinary) -> None:
-    with refused(Code.RESOURCE_EXHAUSTED):
-        client.raw(rpcs.LEAVE, [b""], metadata=(("x-much", "a" * 20_000),))
-    client.send([smashed(client.run)])
-
-
 # ---------------------------------------------------------------- what is no segment of this run
 
 
@@ -450,99 +301,6 @@ def test_a_segment_that_is_not_what_it_declared_is_refused(
 # ---------------------------------------------------------------- what is no batch of this run
 
 
-def shaped(*shape: int) -> Callable[[Any], None]:
-    def change(message: Any) -> None:
-        message.batch.activations.shape[:] = shape
-
-    return change
-
-
-def with_value(value: float) -> Callable[[Any], None]:
-    def change(message: Any) -> None:
-        message.data = message.data[:400] + struct.pack("<f", value) + message.data[404:]
-
-    return change
-
-
-def with_label(label: int) -> Callable[[Any], None]:
-    def change(message: Any) -> None:
-        message.data = message.data[:-1] + bytes([label])
-
-    return change
-
-
-def changed(field: str, value: Any) -> Callable[[Any], None]:
-    """Of the batch's head, `labels.dtype` for example."""
-
-    def change(message: Any) -> None:
-        *path, name = field.split(".")
-        target = message.batch
-        for step in path:
-            target = getattr(target, step)
-        if name == "shape":
-            target.shape[:] = value
-        else:
-            setattr(target, name, value)
-
-    return change
-
-
-def without_head(message: Any) -> None:
-    message.ClearField("batch")
-
-
-def longer(by: int) -> Callable[[Any], None]:
-    def change(message: Any) -> None:
-        message.data = message.data[:by] if by < 0 else message.data + bytes(by)
-
-    return change
-
-
-WRONG: dict[str, tuple[Callable[[Any], None], str]] = {
-    "no dimension": (shaped(), "a batch of 0 samples"),
-    "three dimensions": (shaped(8, 16, 64), "activations: shape [8, 16, 64]"),
-    "five dimensions": (shaped(8, 16, 8, 8, 1), "activations: shape"),
-    "another image": (shaped(8, 16, 4, 16), "the run needs [8, 16, 8, 8]"),
-    "no samples": (shaped(0, 16, 8, 8), "a batch of 0 samples"),
-    "fewer than no samples": (shaped(-8, 16, 8, 8), "a batch of -8 samples"),
-    "a sample too many": (shaped(9, 16, 8, 8), "the run allows 1 to 8"),
-    "two negative sides": (shaped(8, 16, -8, -8), "activations: shape"),
-    "a terabyte": (shaped(8, 16, 8, 2**28), "activations: shape"),
-    "more than all memory": (shaped(8, 2**62, 2**62, 2**62), "activations: shape"),
-    "whole numbers": (changed("activations.dtype", pb.DTYPE_INT64), "activations: dtype DTYPE_INT64"),
-    "no type": (changed("activations.dtype", 0), "activations: dtype DTYPE_UNSPECIFIED"),
-    "a type of another time": (changed("activations.dtype", 99), "activations: dtype 99"),
-    "labels that are floats": (changed("labels.dtype", pb.DTYPE_FLOAT32), "labels: dtype DTYPE_FLOAT32"),
-    "labels too wide": (changed("labels.dtype", pb.DTYPE_UINT16), "labels: dtype DTYPE_UINT16"),
-    "a label too few": (changed("labels.shape", [7]), "labels: shape [7]; the run needs [8]"),
-    "labels in a square": (changed("labels.shape", [8, 1]), "labels: shape [8, 1]"),
-    "a label out of range": (with_label(4), "label 4 in batch 2: the run has 4 classes"),
-    "a label of minus one": (with_label(255), "label 255"),
-    "not a number": (with_value(math.nan), "activations of batch 2: NaN or infinite"),
-    "infinity": (with_value(math.inf), "activations of batch 2: NaN or infinite"),
-    "minus infinity": (with_value(-math.inf), "activations of batch 2: NaN or infinite"),
-    "a byte too few": (longer(-1), "the stream ended 1 bytes before the end of a frame"),
-    "a byte too many": (longer(1), "declared bytes has more"),
-    "no bytes": (longer(-(10**9)), "before the end of a frame"),
-    "no head": (without_head, "expected the beginning of a frame (batch), got only data"),
-}
-
-
-@pytest.mark.parametrize("what", WRONG)
-def test_a_wrong_batch_is_refused_and_changes_nothing(what: str, client: Ordinary, server: Server) -> None:
-    change, says = WRONG[what]
-    client.send([smashed(client.run)])
-    before = weights(server)
-    opening, frame = client.segment(kind_of(client), [smashed(client.run)])
-    change(frame)
-    with refused(Code.INVALID_ARGUMENT, says):
-        send(client, [opening, frame])
-    assert same(weights(server), before)
-    client.send([smashed(client.run)])
-    assert not same(weights(server), before), "the same member's next batch is trained on"
-    wait_for(lambda: server.record.samples_trained == 16)
-
-
 def test_a_right_batch_before_a_wrong_one_counts(client: Ordinary, server: Server) -> None:
     """The client learns from the refusal's number where to go on."""
     opening, first, second = client.segment(kind_of(client), [smashed(client.run)] * 2)
@@ -609,16 +367,6 @@ def test_an_evaluation_of_no_images_is_refused(client: Ordinary) -> None:
     with refused(Code.INVALID_ARGUMENT, "no images"):
         evaluate(client, evaluation(client, []))
     assert evaluate(client, evaluation(client, [smashed(client.run)])).samples == 8
-
-
-@pytest.mark.parametrize("what", WRONG)
-def test_a_wrong_batch_of_an_evaluation_is_refused(what: str, standing: Ordinary) -> None:
-    change, says = WRONG[what]
-    opening, *_, frame = evaluation(standing, [smashed(standing.run)] * 2)
-    change(frame)
-    with refused(Code.INVALID_ARGUMENT, says):
-        evaluate(standing, [opening, frame])
-    assert evaluate(standing, evaluation(standing, [smashed(standing.run)])).samples == 8
 
 
 def test_an_evaluation_must_open_as_one(dsl: Server) -> None:
@@ -706,26 +454,6 @@ def test_weights_that_the_run_does_not_want_are_refused(
         with refused(Code.INVALID_ARGUMENT):
             sync(client, state if parts else {}, **head)
         client.send([smashed(run)])
-
-
-def test_weights_of_another_network_or_with_nan_are_refused(tmp_path: Path) -> None:
-    run = small_run(method="dsl", sync="average", clients=2)
-    state = state_of(client_part(run, METHODS["dsl"](), build(run), CPU), momentum=False)
-    name = "bottom.0.0.weight"
-    wrong = {
-        f"{name}: shape": state | {name: torch.zeros(1)},
-        f"{name}: dtype": state | {name: state[name].long()},
-        f"{name}: NaN or infinite": state | {name: state[name] * math.nan},
-        f"'{name}' differs": {key: value for key, value in state.items() if key != name},
-    }
-    with serving(run, tmp_path) as server, member(server) as client, member(server, "other") as other:
-        for says, theirs in wrong.items():
-            with refused(Code.INVALID_ARGUMENT, says):
-                sync(client, theirs, purpose=pb.SYNC_PURPOSE_AVERAGE, samples=1)
-        given = in_thread(lambda: sync(other, state, purpose=pb.SYNC_PURPOSE_AVERAGE, samples=1))
-        (answer,) = sync(client, state, purpose=pb.SYNC_PURPOSE_AVERAGE, samples=1)
-        given.result(timeout=DEADLINE_S)
-    assert [tensor.name for tensor in answer.weights.tensors] == list(state)
 
 
 def test_metrics_that_cannot_be_written_end_the_run_with_the_reason(
@@ -817,84 +545,3 @@ def test_a_head_that_lies_about_its_size_is_not_believed(dsl: Server) -> None:
                 send(client, [opening, frame])
             received += len(opening.SerializeToString()) + len(frame.SerializeToString())
         assert 0 <= dsl.traffic.total("up") - before <= received
-
-
-# ---------------------------------------------------------------- what may be anything at all
-
-
-def mutated(messages: list[bytes], dice: random.Random) -> list[bytes]:
-    """The messages of a stream, damaged in one to three places."""
-    stream = list(messages)
-    for _ in range(dice.randint(1, 3)):
-        at = dice.randrange(len(stream)) if stream else 0
-        match dice.randrange(7) if stream else 6:
-            case 0 | 1:  # bytes of the head, where the meaning is
-                raw = bytearray(stream[at])
-                for _ in range(dice.randint(1, 4)):
-                    if raw:
-                        raw[dice.randrange(min(len(raw), 70))] = dice.randrange(256)
-                stream[at] = bytes(raw)
-            case 2:
-                stream[at] = stream[at][: dice.randrange(len(stream[at]) + 1)]
-            case 3:
-                del stream[at]
-            case 4:
-                stream.insert(at, dice.choice(messages))
-            case 5:
-                dice.shuffle(stream)
-            case _:
-                stream.insert(at, dice.randbytes(dice.randrange(200)))
-    return stream
-
-
-@pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("method", ["dsl", "csl"])
-def test_damaged_streams_get_one_of_our_statuses_and_the_server_lives(
-    method: str, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_step(part: ServerPart, group: Sequence[Received]) -> Answer:
-        return Answer(torch.zeros(()), [torch.zeros_like(batch.z) for batch in group])
-
-    # Without the mathematics: what is finite but absurd may end a run, and is another matter.
-    quick = dataclasses.replace(METHODS[method](), server_step=no_step)
-    monkeypatch.setitem(METHODS, method, lambda: quick)
-    dice, seen = random.Random(seed), set()
-    which = rpcs.TRAIN if method == "csl" else rpcs.STREAM_ACTIVATIONS
-    with serving(small_run(method=method), tmp_path) as server, member(server) as client:
-        for attempt in range(60):
-            client.sequence = server.rounds.members()[0].received
-            batches = [smashed(server.run, 2), smashed(server.run, 1)]
-            whole = [m.SerializeToString() for m in client.segment(KINDS[method], batches)]
-            cut = [*whole[:2], whole[2][:900], *([] if attempt % 2 else [whole[2][900:]])]
-            try:
-                client.raw(which, mutated(cut if attempt % 5 == 0 else whole, dice))
-                seen.add(Code.OK)
-            except grpc.RpcError as error:
-                seen.add(error.code())
-        client.sequence = server.rounds.members()[0].received
-        client.send([smashed(server.run)])
-    assert seen <= {Code.OK, Code.INVALID_ARGUMENT, Code.ABORTED, Code.FAILED_PRECONDITION}
-    assert Code.INVALID_ARGUMENT in seen
-
-
-@pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("seed", range(2))
-def test_damaged_evaluations_and_weights_do_too(seed: int, tmp_path: Path) -> None:
-    run, dice, seen = small_run(method="dsl", sync="average", clients=1), random.Random(seed), set()
-    state = state_of(client_part(run, METHODS["dsl"](), build(run), CPU), momentum=False)
-    with serving(run, tmp_path) as server, member(server) as client:
-        exam = [m.SerializeToString() for m in evaluation(client, [smashed(run, 2), smashed(run, 1)])]
-        head = pb.Weights(session=client.session, purpose=pb.SYNC_PURPOSE_AVERAGE, samples=1)
-        frame = codec.pack_weights(pb.SyncWeightsRequest, head, state)
-        part = [rpcs.writer(pb.SyncWeightsRequest, True)(piece) for piece in frame]
-        for _ in range(60):
-            for which, messages in ((rpcs.EVALUATE, exam), (rpcs.SYNC_WEIGHTS, part)):
-                try:
-                    client.raw(which, mutated(messages, dice))
-                    seen.add(Code.OK)
-                except grpc.RpcError as error:
-                    seen.add(error.code())
-        assert evaluate(client, evaluation(client, [smashed(run)])).samples == 8
-    assert seen <= {Code.OK, Code.INVALID_ARGUMENT, Code.ABORTED, Code.FAILED_PRECONDITION}
-    assert Code.INVALID_ARGUMENT in seen

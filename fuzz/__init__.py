@@ -1,0 +1,1 @@
+"""What reads the wire, fed with bytes of a fuzzer's making."""
