@@ -243,12 +243,16 @@ class Connection:
 
     def _connect(self, patience: float) -> None:
         """Raises IdentityError as soon as it is certain that waiting is of no use."""
-        ready, end = grpc.channel_ready_future(self._channels[-1]), time.monotonic() + patience
+        end = time.monotonic() + patience
         while True:
+            ready = grpc.channel_ready_future(
+                self._channels[-1]
+            )  # each asks once: what came may be gone already
             try:
                 ready.result(min(PREFLIGHT_S, max(0.0, end - time.monotonic())))
                 return
             except grpc.FutureTimeoutError:
+                ready.cancel()
                 tls.preflight(self._target, self._credentials)
             if time.monotonic() >= end:
                 raise ClosedError(

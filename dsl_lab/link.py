@@ -21,7 +21,7 @@ _POLL_S = 0.05  # how often it is asked whether the link is to end
 
 
 @dataclass(frozen=True)
-class _Chunk:
+class Chunk:
     """due: when it comes out, by time.monotonic. data: empty where the sender has closed its end."""
 
     due: float
@@ -39,12 +39,12 @@ class Way:
         self._free = time.monotonic()  # when all of them will have passed
         self._lock = threading.Lock()
 
-    def take(self, data: bytes) -> _Chunk:
+    def take(self, data: bytes) -> Chunk:
         """Bytes that go in now, behind all that went in before."""
         with self._lock:
             self._free = max(self._free, time.monotonic()) + len(data) / self._rate
             self.bytes += len(data)
-            return _Chunk(self._free + self._delay, data)
+            return Chunk(self._free + self._delay, data)
 
     def busy(self) -> float:
         """Seconds until there is room for more; below 0 if there is some."""
@@ -117,7 +117,7 @@ class Link:
 
 def _carry(way: Way, source: socket.socket, sink: socket.socket) -> None:
     """All that comes from one end to the other, when it is due; then that no more will come."""
-    inside = deque[_Chunk]()
+    inside = deque[Chunk]()
     reading = True
     try:
         while reading or inside:

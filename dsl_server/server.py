@@ -41,6 +41,7 @@ from common.wire.options import SLACK_BYTES, server_options
 from common.wire.pieces import PIECE_BYTES
 from common.wire.rpc import SERVICE
 from dsl_server.audit import Audit
+from dsl_server.gate import Gate
 from dsl_server.inbox import Inbox
 from dsl_server.kernel import Sockets
 from dsl_server.ledger import Ledger
@@ -52,7 +53,7 @@ from dsl_server.shelf import DiskShelf
 from dsl_server.trainer import Trainer
 
 _CALLS_OF_A_CLIENT = 4  # Join, a segment, the one before it that awaits its receipt, and one more
-_SPARE_CALLS = 8  # health, reflection, clients that are one too many
+_SPARE_CALLS = 8  # of a connection: health, reflection, clients that are one too many
 
 
 class Server:
@@ -295,10 +296,13 @@ def _applied(facts: Mapping[str, Any]) -> dict[int, int]:
 def _listen(
     listen: str, clients: int, service: Service, traffic: Traffic, credentials: Credentials | None
 ) -> tuple[grpc.Server, health.HealthServicer, int]:
-    calls = _CALLS_OF_A_CLIENT * clients + _SPARE_CALLS
+    members = _CALLS_OF_A_CLIENT * clients
+    of_a_connection = members + _SPARE_CALLS  # which may be that of all clients
+    calls = members + of_a_connection + _SPARE_CALLS  # so no connection can have the places of the others
     server = grpc.server(
         ThreadPoolExecutor(calls, thread_name_prefix="rpc"),
-        options=server_options(PIECE_BYTES * 2 + SLACK_BYTES),
+        interceptors=[Gate()],
+        options=server_options(PIECE_BYTES * 2 + SLACK_BYTES, of_a_connection),
         maximum_concurrent_rpcs=calls,  # refuse at once what would otherwise wait for a thread
     )
     add_to(server, service, traffic)

@@ -9,7 +9,6 @@ import dataclasses
 import math
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -35,7 +34,6 @@ from dsl_server.inbox import Errand, Job
 from dsl_server.record import Record
 from dsl_server.server import Server
 from tests.federation import Batches, connect, serving, small_run, spec_of, train
-from tests.memory import resident_bytes
 from tests.ordinary import member, smashed
 from tests.threads import in_thread, wait_for, waits
 
@@ -495,48 +493,6 @@ def test_an_outbox_that_is_closed_is_not_full_so_that_who_sends_is_told_why() ->
     assert not segment.full
     with pytest.raises(ClosedError, match="went away"):
         segment(smashed(run))
-
-
-# ---------------------------------------------------------------- the server is slow
-
-
-def test_a_slow_server_holds_dsl_clients_back_and_memory_stays_flat(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gate = threading.Event()
-    step_of(monkeypatch, "dsl", waiting_for(gate))
-    run = small_run(method="dsl", image=(3, 32, 32), batch_size=32, outbox=2, inbox=2)
-    batch, batches = smashed(run), 60  # of 2 MiB each
-    sent = 0
-    with serving(run, tmp_path) as server:
-        connection, _ = connect(server)
-        segment = connection.segment(0, 1, batches, 32 * batches, spec_of(run), build_method(run), run.outbox)
-
-        def send() -> None:
-            nonlocal sent
-            for _ in range(batches):
-                segment(batch)
-                sent += 1
-
-        before = resident_bytes()
-        client = in_thread(send)
-        wait_for(lambda: sent >= run.outbox)
-        still = -1
-        while still != sent:  # until nothing more has gone for half a second
-            still = sent
-            time.sleep(0.5)
-        # 2 wait in the outbox and 2 in the inbox, 1 is in the step, 1 waits for room in the inbox
-        # and 1 in the outbox's reader. gRPC's window is some megabytes, and up to 16 MiB where answers are
-        # slow to come, as on a busy machine; the kernel's buffers hold up to 10 more. That is 13 batches.
-        assert 2 + 2 <= sent <= 2 + 2 + 3 + 13
-        assert not client.done()
-        assert resident_bytes() - before < 100e6, "batches in waiting, not sixty of them"
-        gate.set()
-        client.result(timeout=20)
-        segment.finish()
-        connection.settle()
-        assert server.rounds.members()[0].received == batches
-        connection.close()
 
 
 # ---------------------------------------------------------------- the server answers nonsense

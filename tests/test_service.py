@@ -201,16 +201,6 @@ def test_a_client_of_a_later_release_that_still_speaks_ours_is_welcome(tmp_path:
         assert next(client.stub.Join(request, timeout=DEADLINE_S)).welcome.version == 1
 
 
-def test_one_client_too_many_is_refused_at_once(tmp_path: Path) -> None:
-    run = small_run(clients=2)
-    with serving(run, tmp_path) as server, member(server, "ann") as ann, member(server, "bob"):
-        request = pb.JoinRequest(oldest_version=1, newest_version=1, name="eve")
-        says = ("'eve'", "client 0 (ann)", "client 1 (bob)", "--clients 3")
-        with refused(Code.RESOURCE_EXHAUSTED, *says):
-            next(ann.stub.Join(request, timeout=DEADLINE_S))
-        ann.send([smashed(run)])  # the others go on
-
-
 # ---------------------------------------------------------------- what is no segment of this run
 
 

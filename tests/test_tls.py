@@ -28,7 +28,6 @@ from common.methods import settled
 from common.parts import state_of
 from common.rundir import RunFolder
 from common.tls import Credentials
-from common.wire import options
 from common.wire import split_learning_pb2 as pb
 from dsl_client.connection import Connection
 from dsl_lab import certs
@@ -468,28 +467,3 @@ def test_d10_no_key_and_no_session_is_written_anywhere(made: Path, tmp_path: Pat
     for path in written:
         content = path.read_bytes()
         assert not any(secret.encode() in content for secret in secrets), path
-
-
-# ---------------------------------------------------------------- E2: what begins and goes no further
-
-
-def test_e2_half_open_connections_are_closed_in_time_and_a_client_is_unaffected(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(options, "HANDSHAKE_MS", 2000)
-    record = b"\x16\x03\x01\x02\x00"  # the head of a ClientHello that never comes
-    with serving(small_run(), tmp_path, Credentials.read(made, "server")) as server:
-        before = time.monotonic()
-        held = [socket.create_connection(("127.0.0.1", server.port), SOON_S) for _ in range(200)]
-        try:
-            for connection in held[::2]:
-                connection.sendall(record)
-            works(server, made)
-            assert time.monotonic() - before < 2.0, "while they are all open"
-            for connection in held:
-                connection.settimeout(SOON_S)
-                assert connection.recv(1) == b""
-            assert 1.5 < time.monotonic() - before < 6
-        finally:
-            for connection in held:
-                connection.close()

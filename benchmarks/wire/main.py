@@ -123,7 +123,7 @@ def tcp_client(port: int, batches: int) -> None:
 def serve(ready: Connection) -> None:
     """The server process: a gRPC server with both designs, and the socket; tells their ports."""
     torch.set_num_threads(1)
-    server = grpc.server(ThreadPoolExecutor(4), options=server_options(WHOLE))
+    server = grpc.server(ThreadPoolExecutor(4), options=server_options(WHOLE, streams=4))
     which = rpc.STREAM_ACTIVATIONS
     ours = grpc.stream_unary_rpc_method_handler(
         pieces_handler,

@@ -22,13 +22,13 @@ def _both(message_bytes: int) -> Options:
         ("grpc.keepalive_time_ms", KEEPALIVE_MS),
         ("grpc.keepalive_timeout_ms", PING_TIMEOUT_MS),
         ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_MS),
-        ("grpc.http2.max_pings_without_data", 0),
     ]
 
 
 def client_options(message_bytes: int) -> Options:
     return [
         *_both(message_bytes),
+        ("grpc.http2.max_pings_without_data", 0),  # a server has no such limit
         ("grpc.min_reconnect_backoff_ms", 200),
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 1000),
@@ -37,9 +37,11 @@ def client_options(message_bytes: int) -> Options:
     ]
 
 
-def server_options(message_bytes: int) -> Options:
+def server_options(message_bytes: int, streams: int) -> Options:
+    """streams: calls that a connection may have open; its client keeps back those above."""
     return [
         *_both(message_bytes),
+        ("grpc.max_concurrent_streams", streams),
         ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
         ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
