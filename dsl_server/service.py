@@ -138,8 +138,9 @@ class Service:
 
     def SyncWeights(self, requests: Pieces, context: Context) -> Iterator[Piece[pb.SyncWeightsResponse]]:
         specs = self._part_specs
-        head, part = codec.unpack_weights(_first(requests), requests, specs)
-        member = self._member(head.session, context)
+        first = _first(requests)
+        member = self._member(first.head.weights.session, context)  # before anything is made of what follows
+        head, part = codec.unpack_weights(first, requests, specs)
         answer = {}
         if head.purpose == pb.SYNC_PURPOSE_AVERAGE and self._run.sync == "average" and part:
             answer = self._rounds.average(member, head.epoch, part, head.samples)

@@ -316,7 +316,7 @@ def test_malformed_bytes_in_the_midst_of_a_stream_are_too(which: Rpc, tmp_path: 
         if which is rpcs.EVALUATE:
             first = evaluation(client, [])[0]
         elif which is rpcs.SYNC_WEIGHTS:
-            first = pb.SyncWeightsRequest(weights=pb.Weights(tensors=[declared]))
+            first = pb.SyncWeightsRequest(weights=pb.Weights(session=client.session, tensors=[declared]))
         for raw in MALFORMED:
             with refused(Code.INVALID_ARGUMENT):
                 client.raw(which, [first.SerializeToString(), raw])
