@@ -14,6 +14,7 @@
       * ForbiddenError because it is not who it claims to be (PERMISSION_DENIED)
       * ConflictError  because it gave one batch's number to another (FAILED_PRECONDITION)
   - StepError          a training step failed: the run cannot go on
+    + NonFiniteError   because what it came to is not finite; where the run says so it is left out
 
 Programs end with `exit_code` of the error that ended them (sysexits.h where it has a fitting one).
 """
@@ -92,3 +93,7 @@ class StepError(SplitLearningError):
     """A training step failed: the run cannot go on."""
 
     exit_code = 70  # EX_SOFTWARE
+
+
+class NonFiniteError(StepError):
+    """A step came to a loss, gradients or weights that are not finite."""

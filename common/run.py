@@ -20,6 +20,7 @@ Schedule = Literal["constant", "cosine", "step"]
 Recipe = Literal["modern", "paper"]
 Link = Literal["fixed", "auto"]
 Store = Literal["memory", "disk"]
+OnNonfinite = Literal["halt", "skip"]
 
 # What a recipe sets where neither a flag nor the file says otherwise. `paper`: arXiv 2601.19261,
 # section IV, with the weight decay of its authors' code. `modern`: benchmarks/accuracy.
@@ -169,6 +170,9 @@ class Run:
     """In fixed order: seconds that batches wait for a client that is late, if the others are a quorum; 0:
     as long as it takes. Such a run repeats bit for bit only if nobody is late. ushape: seconds for which
     the server waits for a gradient; then that client is lost."""
+    on_nonfinite: OnNonfinite = "halt"
+    """Where a step of the server comes to a loss or gradients that are not finite: halt ends the run; skip
+    leaves the step out, as if it had not been, and counts it."""
 
     def __post_init__(self) -> None:
         self._check()  # raises ConfigError, naming the value and what is allowed
@@ -297,6 +301,7 @@ _ALLOWED = {
     "recipe": tuple(RECIPES),
     "link": ("fixed", "auto"),
     "replay_on": ("memory", "disk"),
+    "on_nonfinite": ("halt", "skip"),
 }
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 

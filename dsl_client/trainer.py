@@ -3,12 +3,13 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.errors import ClosedError, RefusedError, WireError
+from common.errors import ClosedError, RefusedError, StepError, WireError
 from common.meter import Clock
 from common.methods.base import (
     ClientPart,
@@ -144,7 +145,7 @@ class Trainer:
             rate = learning_rate(self._run, progress_of(self._run, epoch, index, batches))
             set_learning_rate(self._part.optimizer, rate)
             start = time.perf_counter()
-            wire = paced if paced and index in sent else _nowhere
+            wire = partial(_finite, paced) if paced and index in sent else _nowhere
             loss = run_step(method.client_step(self._part, x, y), wire)
             self._clock.add("step", time.perf_counter() - start)
             if loss is not None:
@@ -154,6 +155,12 @@ class Trainer:
             self._keep(is_waypoint(index, batches))
             shown = segment.server_loss if loss is None and segment else loss
             on_step(Step(epoch, index + 1, batches, len(y), shown))
+        if (
+            self._total is not None and not self._total.isfinite()
+        ):  # read only now: on a GPU that makes the host wait
+            raise StepError(
+                f"the client's loss in epoch {epoch + 1} is not finite; lower --lr, or check the data"
+            )
         if segment:
             segment.finish()
 
@@ -328,6 +335,14 @@ class _Tally:
         return pb.Score(
             samples=self.samples, correct=self.correct, loss=float(self._loss) / max(1, self.samples)
         )
+
+
+def _finite(wire: Callable[[Sent], Tensor | None], sent: Sent) -> Tensor | None:
+    """The wire of a batch, which what is not finite does not enter. Raises StepError."""
+    tensor = sent.z if isinstance(sent, Smashed) else sent
+    if not tensor.sum().isfinite() and not tensor.isfinite().all():  # a sum that overflows is no fault
+        raise StepError("what the client was to send is not finite; lower --lr, or check the data")
+    return wire(sent)
 
 
 def _nowhere(_: Sent) -> None:

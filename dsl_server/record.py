@@ -52,7 +52,7 @@ class Record:
         self._measurements: list[pb.Measurements] = []
         self._loss_sum, self._loss_samples = 0.0, 0
         self._facts: list[Mapping[str, float]] = []  # since the last line
-        self.samples_trained = self.samples_replayed = 0
+        self.samples_trained = self.samples_replayed = self.steps_skipped = 0
         self.epoch = 0  # the latest that a client has begun, from 0
         self.loss = float("nan")  # a running mean, for who watches
         self.test: dict[str, float | None] = {"accuracy": None, "loss": None, "client_only_accuracy": None}
@@ -72,15 +72,22 @@ class Record:
             self.epoch = max(self.epoch, epoch)
 
     def trained(
-        self, samples: int, loss: float | None, facts: Mapping[str, float], replayed: int = 0
+        self,
+        samples: int,
+        loss: float | None,
+        facts: Mapping[str, float],
+        replayed: int = 0,
+        skipped: int = 0,
     ) -> None:
         """A step's samples, mean loss if the server knows one, and what the method noted of it.
 
-        replayed: samples that had been counted when they came.
+        replayed: samples that had been counted when they came. skipped: steps left out, whose samples count.
         """
         with self._lock:
             self.samples_replayed += replayed
-            self._facts.append(facts)
+            self.steps_skipped += skipped
+            if facts:
+                self._facts.append(facts)
             self.samples_trained += samples
             if loss is not None:
                 weight = max(1, samples, replayed)  # what a round's end trains on was counted when it came
@@ -124,6 +131,7 @@ class Record:
                 "loss": [self._loss_sum, self._loss_samples, self.loss],
                 "facts": list(map(dict, self._facts)),
                 "samples": [self.samples_trained, self.samples_replayed],
+                "steps_skipped": self.steps_skipped,
                 "epoch": self.epoch,
                 "test": self.test,
                 "wire": self._traffic.by_kind(),
@@ -140,6 +148,7 @@ class Record:
         self._loss_sum, self._loss_samples, self.loss = state["loss"]
         self._facts = list(state["facts"])
         self.samples_trained, self.samples_replayed = state["samples"]
+        self.steps_skipped = state["steps_skipped"]
         self.epoch, self.test = state["epoch"], state["test"]
         self._traffic.add(state["wire"])
 
@@ -156,6 +165,7 @@ class Record:
             "seed": run.seed,
             "samples_trained": self.samples_trained,
             **({"samples_replayed": self.samples_replayed} if self.samples_replayed else {}),
+            **({"steps_skipped": self.steps_skipped} if self.steps_skipped else {}),
             "test": self.test,
             "wire": {**self._traffic.by_kind(), "socket": self._sockets.counts()},
             "seconds": {"wall": self.seconds, "client": self._client_seconds(), "server": self._seconds()},

@@ -228,12 +228,13 @@ class Service:
 
     def SyncWeights(self, requests: Pieces, context: Context) -> Iterator[Piece[pb.SyncWeightsResponse]]:
         specs = self._part_specs
-        head, part = codec.unpack_weights(_first(requests), requests, specs)
-        member = self._member(head.session, context)
+        first = _first(requests)
+        member = self._member(first.head.weights.session, context)  # before anything is made of what follows
+        head, part = codec.unpack_weights(first, requests, specs)
         answer: State = {}
         if head.purpose == pb.SYNC_PURPOSE_AVERAGE and self._run.sync == "average" and part:
-            answer, first = self._rounds.average(member, head.epoch, part, head.samples)
-            if self._method.tail is Tail.ALL and first:  # the server sees no batch of these
+            answer, news = self._rounds.average(member, head.epoch, part, head.samples)
+            if self._method.tail is Tail.ALL and news:  # the server sees no batch of these
                 self._record.trained(head.samples, None, {})
             self._saver.commit()
         elif head.purpose == pb.SYNC_PURPOSE_TAKE_TURN and self._run.sync == "relay":

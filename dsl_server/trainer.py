@@ -1,7 +1,6 @@
 """The server's training loop. Only the thread that runs it touches the server's parts."""
 
 import itertools
-import math
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -14,8 +13,9 @@ from common.methods.base import Answer, Received
 from common.methods.hosting import Hosting
 from dsl_server.inbox import Errand, Inbox, Job, RoundEnd, Save, Spare, Trained, Work, answered
 
-# Samples, mean loss if the server knows one, what the method noted, and samples learned from once more.
-OnTrained = Callable[[int, float | None, Mapping[str, float], int], None]
+# Samples, mean loss if the server knows one, what the method noted, samples learned from once more, and steps
+# that were left out.
+OnTrained = Callable[[int, float | None, Mapping[str, float], int, int], None]
 
 
 class Trainer:
@@ -65,22 +65,20 @@ class Trainer:
             with self._clock("step"):
                 answer = self._hosting.end_round()
             if answer is not None:
-                on_trained(0, _loss(answer), answer.facts, answer.replayed)
+                _count(0, answer, on_trained)
         else:
             with self._clock("step"):
                 answer = self._hosting.step([self._received(job) for job in work])
-                loss = _loss(answer)
-            on_trained(sum(len(job.batch.z) for job in work), loss, answer.facts, answer.replayed)
             gradients = answer.gradients or [None] * len(work)
             for job, gradient in zip(work, gradients, strict=True):
                 self._on_applied(job)
-                job.answer.set_result(Trained(gradient, loss))
+                job.answer.set_result(Trained(gradient, _loss(answer)))
+            _count(sum(len(job.batch.z) for job in work), answer, on_trained)
 
     def _replay(self, on_trained: OnTrained) -> None:
         with self._clock("step"):
             answer = self._hosting.replay()
-            loss = _loss(answer)
-        on_trained(0, loss, answer.facts, answer.replayed)
+        _count(0, answer, on_trained)
 
     def _received(self, job: Job) -> Received:
         return Received(
@@ -105,12 +103,12 @@ class Trainer:
         return tensor.to(self._device, non_blocking=True)
 
 
+def _count(samples: int, answer: Answer, on_trained: OnTrained) -> None:
+    on_trained(samples, _loss(answer), answer.facts, answer.replayed, answer.skipped)
+
+
 def _loss(answer: Answer) -> float | None:
-    """Reads the loss, which on a GPU waits for the step. Raises StepError if it is not finite."""
-    loss = None if answer.loss is None else answer.loss.item()
-    if loss is not None and not math.isfinite(loss):
-        raise StepError(f"the loss is {loss}; lower --lr")
-    return loss
+    return None if answer.loss is None else answer.loss.item()
 
 
 def _tell(work: Work, error: SplitLearningError) -> None:

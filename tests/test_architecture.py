@@ -88,20 +88,6 @@ def test_grpc_is_known_only_where_a_wire_ends() -> None:
     }
 
 
-@pytest.mark.parametrize("module", modules(*PACKAGES, "tools", "benchmarks"), ids=str)
-def test_nothing_is_ever_unpickled(module: Path) -> None:
-    pickling = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve")
-    assert imports(module, *pickling) == []
-    for node in ast.walk(tree_of(module)):
-        if isinstance(node, ast.Attribute) and node.attr in ("load", "save"):
-            assert not (isinstance(node.value, ast.Name) and node.value.id == "torch"), node.lineno
-        if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
-            assert isinstance(node.value, ast.Constant), node.value.lineno
-            assert node.value.value is False, node.value.lineno
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            assert node.func.id not in ("eval", "exec"), node.lineno
-
-
 @pytest.mark.parametrize("program", ["dsl_server", "dsl_client", "dsl_lab"])
 def test_help_does_not_wait_for_torch(program: str) -> None:
     heavy = "{'torch', 'grpc', 'torchvision', 'matplotlib.pyplot'}"

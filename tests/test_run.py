@@ -46,6 +46,7 @@ OTHERWISE: dict[str, Any] = {
     "inbox": 6,
     "quorum": 2,
     "round_timeout": 2.5,
+    "on_nonfinite": "skip",
 }
 
 
@@ -238,6 +239,7 @@ NAN, INF = float("nan"), float("inf")
         ("sync", "often", "--sync 'often': choose from auto, none, average, relay"),
         ("schedule", "linear", "--schedule 'linear': choose from constant, cosine, step"),
         ("recipe", "old", "--recipe 'old': choose from modern, paper"),
+        ("on_nonfinite", "shrug", "--on-nonfinite 'shrug': choose from halt, skip"),
         ("lr", 0.0, "--lr 0.0 is not a positive number"),
         ("lr", -0.1, "--lr -0.1 is not a positive number"),
         ("lr", INF, "--lr inf is not a positive number"),

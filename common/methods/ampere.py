@@ -15,6 +15,7 @@ schedule during its training; the activations are held in the host's memory.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from common.crops import augmented
 from common.errors import ConfigError
-from common.methods.base import Answer, ClientPart, Method, Pace, Received, ServerPart, Smashed, Step
+from common.methods.base import Answer, Attempt, ClientPart, Method, Received, ServerPart, Smashed, Step
 from common.methods.dsl import client_step
 
 
@@ -80,26 +81,30 @@ class _Server:
             batch = state[f"{client}.{index}.z"], state[f"{client}.{index}.y"]
             self._stored.setdefault(client, []).append(batch)
 
-    def train(self, part: ServerPart, pace: Pace) -> Answer:
+    def train(self, part: ServerPart, attempt: Attempt) -> Answer:
         """Trains on all that has come; the mean loss of the last epoch."""
         device = next(part.top.parameters()).device
         stored = [batch for client in sorted(self._stored) for batch in self._stored[client]]
         z, y = (torch.cat(tensors) for tensors in zip(*stored, strict=True))
         self._stored.clear()
-        losses: list[Tensor] = []
+        losses, skipped = list[Tensor](), 0
         for epoch in range(self._epochs):
             losses.clear()
             batches = torch.randperm(len(y), generator=part.generator).split(self._size)
             for index, some in enumerate(batches):
-                pace((epoch + index / len(batches)) / self._epochs)
                 seen = augmented(z[some], part.generator) if self._augment else z[some]
-                losses.append(_step(part, seen.to(device), y[some].to(device)))
-        return Answer(torch.stack(losses).mean(), replayed=(self._epochs - 1) * len(y))
+                step = partial(_step, part, seen.to(device), y[some].to(device))
+                answer = attempt((epoch + index / len(batches)) / self._epochs, step)
+                skipped += answer.skipped
+                if answer.loss is not None:
+                    losses.append(answer.loss)
+        mean = torch.stack(losses).mean() if losses else None
+        return Answer(mean, replayed=(self._epochs - 1) * len(y), skipped=skipped)
 
 
-def _step(part: ServerPart, z: Tensor, y: Tensor) -> Tensor:
+def _step(part: ServerPart, z: Tensor, y: Tensor) -> Answer:
     loss = F.cross_entropy(part.top(z), y)
     part.optimizer.zero_grad()
     loss.backward()
     part.optimizer.step()
-    return loss.detach()
+    return Answer(loss.detach())

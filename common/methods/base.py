@@ -59,12 +59,14 @@ class Answer:
 
     A gradient of None tells a client that its batch had no part in the step. `facts`: what the method
     would have noted, as numbers. replayed: samples that it learned from once more, of those that it holds.
+    skipped: steps left out, for what they came to was not finite.
     """
 
     loss: Tensor | None
     gradients: Sequence[Tensor | None] = ()
     facts: Mapping[str, float] = field(default_factory=dict)
     replayed: int = 0
+    skipped: int = 0
 
 
 class Stage(NamedTuple):
@@ -150,8 +152,9 @@ Sent = Smashed | Tensor  # a batch; or, for a batch's output that came back, dL/
 Step = Steps[Sent, Tensor | None, Tensor | None]
 ClientStep = Callable[[ClientPart, Tensor, Tensor], Step]  # of images x (B, C, H, W), labels y (B,)
 ServerStep = Callable[[ServerPart, Sequence[Received]], Answer]
-Pace = Callable[[float], None]  # sets the learning rate to that of a fraction of a training
-RoundStep = Callable[[ServerPart, Pace], Answer]
+# Takes a step at the learning rate of a fraction of a training, if what it comes to is finite.
+Attempt = Callable[[float, Callable[[], Answer]], Answer]
+RoundStep = Callable[[ServerPart, Attempt], Answer]
 NewHead = Callable[[ServerPart, int, int], nn.Module]  # of a client, by its index, after an epoch
 
 

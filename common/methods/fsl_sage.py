@@ -102,6 +102,8 @@ class _Server:
             order = torch.randperm(len(y), generator=part.generator).to(y.device)
             for some in order.split(BATCH):
                 gap = misfit(kept.head, z[some], y[some], cut_gradient(part.top, z[some], y[some]))
+                if not gap.isfinite():  # among them are samples whose step was left out
+                    continue
                 optimizer.zero_grad()
                 gap.backward()
                 optimizer.step()

@@ -107,6 +107,8 @@ class _Server:
     def _leaders(self, gradients: Tensor, progress: float) -> int:
         """How many clients lead this round."""
         spread = scores(gradients).std(unbiased=False).item()
+        if not math.isfinite(spread):  # nor are the gradients: no step will be taken
+            return 1
         self._spread_min, self._spread_max = min(self._spread_min, spread), max(self._spread_max, spread)
         varied = self._spread_max - self._spread_min
         stability = (self._spread_max - spread) / varied if varied > 0 else 0.0

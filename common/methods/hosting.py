@@ -5,15 +5,18 @@ from what is held once more, the end of a round, scoring.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.crops import augmented
+from common.errors import NonFiniteError
 from common.methods.base import Answer, Method, Received, ServerPart
+from common.methods.guard import Guard
 from common.methods.replay import Replay, Shelf
 from common.optim import learning_rate, set_learning_rate, sgd
 from common.parts import State, average, copied, found_under, load_state, state_of, under
@@ -33,6 +36,7 @@ class Hosting:
         self.parts = [part]
         if method.copies:
             self.parts += [_copy(run, part) for _ in range(run.clients - 1)]
+        self._guards = [Guard(part) for part in self.parts]
         self._samples = [0] * len(self.parts)  # of this round, by copy
         self._device = next(part.top.parameters(), torch.empty(0)).device
         self.rounds = 0  # that have ended
@@ -66,14 +70,17 @@ class Hosting:
         torch.set_rng_state(state["global_chance"])
 
     def step(self, group: Sequence[Received]) -> Answer:
-        """One step of the method's rule on the group, at the learning rate of its progress."""
+        """One step of the method's rule on the group, at the learning rate of its progress.
+
+        Raises NonFiniteError where it comes to what is not finite, unless the run leaves such steps out.
+        """
         index = group[0].client if self._method.copies else 0
-        part = self.parts[index]
         progress = sum(batch.progress for batch in group) / len(group)
-        self._pace(part, progress)
         self._samples[index] += sum(len(batch.z) for batch in group)
-        answer = self._method.server_step(part, group)
-        if self._replay is not None:
+        seen = [replace(batch, through_tail=partial(self._through_tail, batch)) for batch in group]
+        rule = partial(self._method.server_step, self.parts[index], seen)
+        answer = self._attempt(progress, rule, index, group)
+        if self._replay is not None and not answer.skipped:
             for batch in group:
                 self._replay.keep(batch)
         self._latest = progress
@@ -91,8 +98,9 @@ class Hosting:
         part, batch = self.parts[0], self._replay.take()
         if self._run.augment:
             batch = replace(batch, z=augmented(batch.z, part.generator))
-        self._pace(part, self._latest if progress is None else progress)
-        return replace(self._method.server_step(part, [batch]), replayed=len(batch.z))
+        rule = partial(self._method.server_step, part, [batch])
+        answer = self._attempt(self._latest if progress is None else progress, rule)
+        return replace(answer, replayed=len(batch.z))
 
     def end_round(self) -> Answer | None:
         """What the method does when every client's batches have come.
@@ -112,7 +120,7 @@ class Hosting:
         if self._method.round_step is None:
             return None
         (part,) = self.parts
-        return self._method.round_step(part, lambda progress: self._pace(part, progress))
+        return self._method.round_step(part, self._attempt)
 
     def _replay_round(self, kept: Replay) -> Answer | None:
         steps = kept.left
@@ -120,10 +128,14 @@ class Hosting:
             self.replay(self._began + (self._latest - self._began) * step / steps) for step in range(steps)
         ]
         self._began = self._latest
-        losses = [answer.loss for answer in answers if answer.loss is not None]
-        if not losses:
+        if not answers:
             return None
-        return Answer(torch.stack(losses).mean(), replayed=sum(answer.replayed for answer in answers))
+        losses = [answer.loss for answer in answers if answer.loss is not None]
+        return Answer(
+            torch.stack(losses).mean() if losses else None,
+            replayed=sum(answer.replayed for answer in answers),
+            skipped=sum(answer.skipped for answer in answers),
+        )
 
     def score(self, z: Tensor, y: Tensor) -> tuple[int, float]:
         """How many of the batch are classified right, and the loss summed over it."""
@@ -145,8 +157,31 @@ class Hosting:
         assert self._method.new_head is not None, "the method makes heads"
         return self._method.new_head(self.parts[0], client, epoch)
 
-    def _pace(self, part: ServerPart, progress: float) -> None:
-        set_learning_rate(part.optimizer, learning_rate(self._run, progress))
+    def _attempt(
+        self, progress: float, rule: Callable[[], Answer], index: int = 0, group: Sequence[Received] = ()
+    ) -> Answer:
+        """The rule's step of the part of this index, or, where the run says so, none."""
+        set_learning_rate(self.parts[index].optimizer, learning_rate(self._run, progress))
+        try:
+            return self._guards[index].step(rule)
+        except NonFiniteError as error:
+            if self._run.on_nonfinite == "halt":
+                remedy = "lower --lr, or go on without: --on-nonfinite skip"
+                raise NonFiniteError(f"{error}; {remedy}") from None
+        return Answer(None, [self._nothing(batch) for batch in group], skipped=1)
+
+    def _nothing(self, batch: Received) -> Tensor | None:
+        # A client that cannot be left out waits for a gradient, and of zeros it learns nothing: its own loss,
+        # momentum and weight decay alone move its part.
+        return torch.zeros_like(batch.z) if batch.wanted and not self._method.may_skip else None
+
+    def _through_tail(self, batch: Received, output: Tensor) -> Tensor:
+        """What the client makes of the output, which is not sent unless it is finite."""
+        if output.isfinite().all():
+            return batch.through_tail(output)
+        if self._run.on_nonfinite == "skip":
+            batch.through_tail(torch.zeros_like(output))  # its client waits for one
+        raise NonFiniteError("the output for a client is not finite")
 
 
 def _copy(run: Run, part: ServerPart) -> ServerPart:
