@@ -14,15 +14,13 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Any, Protocol
 
-import grpc
-
 from common.errors import ClosedError, SplitLearningError
 from common.meter import Clock
 from common.wire import split_learning_pb2 as pb
 from common.wire.pieces import Piece
 from dsl_client.channel import Channel
 from dsl_client.spool import Frame, Spool
-from dsl_client.stream import Call, Flow, Pieces, Stretch, told
+from dsl_client.stream import Call, Flow, Pieces, Stretch, failure_of
 
 _CALLS = 2  # that may be under way: a segment, and the one before it that awaits its receipt
 
@@ -226,9 +224,9 @@ class Delivery:
         """By gRPC's thread: a call is over."""
         with self._changed:
             self._open.discard(call)
-            if self._attempt == attempt and call.code() is not grpc.StatusCode.OK:
+            if self._attempt == attempt and (failure := failure_of(call)):
                 self._attempt += 1  # whatever else is under way is sent again by another call
-                self._broken = told(call), generation
+                self._broken = failure, generation
                 self._open.clear()
             self._changed.notify_all()
 

@@ -66,6 +66,11 @@ def told(error: Any) -> SplitLearningError:
     return ClosedError(f"the server went away ({code.name}: {details})")
 
 
+def failure_of(call: Any) -> SplitLearningError | None:
+    """Why a call that is over has failed, if it has."""
+    return None if call.code() is grpc.StatusCode.OK else told(call)
+
+
 def _expected(error: Any) -> int:
     """The number that was due, as the server says beside."""
     trailers = dict(error.trailing_metadata() or ())

@@ -210,10 +210,10 @@ class Rounds:
             member.account.laid = mark.sequence
             self._changed.notify_all()
 
-    def give_back(self, member: Member) -> None:
-        """What came of the member and could not be applied is due again."""
+    def give_back(self, client: int) -> None:
+        """What came of this client and could not be applied is due again."""
         with self._changed:
-            self.ledger.give_back(member.account)
+            self.ledger.give_back(self.ledger.accounts[client])
 
     def apply(self, client: int, mark: Mark) -> None:
         """The server's part has learned of this client's batches up to the mark."""

@@ -133,7 +133,7 @@ class Service:
             client=member.client,
             session=member.session,
             run_id=self._rounds.ledger.run_id,
-            received=self._resuming_at(member),
+            received=member.account.received.sequence,
         )
         yield pb.JoinResponse(welcome=welcome)
         durable = 0
@@ -174,13 +174,6 @@ class Service:
         if former := self._contexts.get(request.session):
             former.cancel()  # what is left of its last calls
         return self._rounds.join(newcomer, idle=self._method.goes_back)
-
-    def _resuming_at(self, member: Member) -> int:
-        """The number of the last batch that the client need not send (again)."""
-        last = self._last.get(member.client)
-        if last and last.answer.done() and last.answer.exception():
-            self._rounds.give_back(member)  # its step could not be made without its client
-        return member.account.received.sequence
 
     def _left_alone(self, member: Member, peer: str) -> None:
         """Its connection has gone: it may come back, for a while, if the run lets it."""
@@ -343,6 +336,8 @@ class Service:
         finally:
             late.cancel()
             tail.fail(ClosedError(f"client {job.client} gave no gradient for batch {job.sequence}"))
+            if fresh and job.answer.exception() is not None:
+                self._rounds.give_back(job.client)
 
     def _give_up_on(self, client: int, peer: str) -> None:
         late = f"kept the others waiting for more than {self._run.round_timeout:g} s: raise --round-timeout"

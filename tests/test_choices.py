@@ -65,7 +65,9 @@ def test_a_budget_holds_and_what_is_sent_is_trained_on(
     assert summary["samples_trained"] == up["labels"], "a byte for each"
     done = counts(paces)
     assert done.total() == 3 * sum(map(len, data))
-    assert {member.received for member in server.rounds.members()} == {3 * len(share) for share in data}
+    assert {member.received.sequence for member in server.rounds.members()} == {
+        3 * len(share) for share in data
+    }
     sent = done.total() - done[SKIPPED]
     if all(n % 8 == 0 for n in shares):
         assert summary["samples_trained"] == 8 * sent
@@ -95,7 +97,7 @@ def test_with_an_automatic_link_every_batch_is_sent_or_skipped(
     run = small_run(clients=2, epochs=3, link="auto", **settings)
     data = [Batches(run, seed=client, samples=80) for client in range(2)]
     server, _, summary = federation(run, tmp_path, data)
-    done, received = counts(paces), sum(member.received for member in server.rounds.members())
+    done, received = counts(paces), sum(member.received.sequence for member in server.rounds.members())
     assert done.total() == received == batches
     assert summary["samples_trained"] == 8 * (received - done[SKIPPED])
 
@@ -130,7 +132,7 @@ def test_a_client_that_sends_nothing_yet_learns_that_the_server_has_gone(tmp_pat
     begun = list[int]()
 
     class Stopping(Batches):
-        def epoch(self, number: int) -> Iterator[Any]:
+        def epoch(self, number: int, start: int = 0) -> Iterator[Any]:
             begun.append(number)
             if number == 1:
                 server.stop(ClosedError("the operator has had enough"))

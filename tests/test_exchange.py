@@ -31,6 +31,7 @@ from common.run import Run
 from common.wire import rpc
 from common.wire import split_learning_pb2 as pb
 from dsl_client.connection import Connection
+from dsl_client.stream import Stretch
 from dsl_client.trainer import Trainer
 from dsl_server.inbox import Inbox, Job, ThroughTail
 from dsl_server.server import Server
@@ -314,7 +315,7 @@ def test_a_segment_that_is_not_what_it_declared_is_refused(
             if "csl" in client.run.method_arg[0]:
                 next(segment.call)
         segment.finish()
-    client.sequence = server.rounds.members()[0].received
+    client.sequence = server.rounds.members()[0].received.sequence
     exchange(client, [smashed(client.run)])
 
 
@@ -416,7 +417,7 @@ def test_the_others_finish_without_a_client_that_dies_with_an_output(
     with serving(run, tmp_path) as server:
         dying, _ = connect(server, "ann")
         others = all_train(server, "bob", "cid")
-        segment = dying.segment(0, 1, 1, 8, spec_of(run), build_method(run), 2)
+        segment = dying.segment(Stretch(0, 1, 1, 8), spec_of(run), build_method(run), 2)
         assert in_thread(segment, smashed(run)).result(timeout=SOON_S) is not None
         gone(dying)
         for connection, client in others:
@@ -480,7 +481,7 @@ def test_a_server_that_is_stopped_while_it_waits_for_a_gradient_says_so(
     run = ushape(learning)
     with serving(run, tmp_path) as server:
         connection, _ = connect(server)
-        segment = connection.segment(0, 1, 2, 16, spec_of(run), build_method(run), 2)
+        segment = connection.segment(Stretch(0, 1, 2, 16), spec_of(run), build_method(run), 2)
         u = in_thread(segment, smashed(run)).result(timeout=SOON_S)
         in_thread(server.stop, ClosedError("the server was stopped (Ctrl-C)")).result(timeout=SOON_S)
         server._thread.join(SOON_S)
@@ -610,7 +611,7 @@ NO_GRADIENT: dict[str, tuple[Any, str]] = {
 def test_an_output_that_cannot_be_ends_the_client_with_a_wire_error(what: str) -> None:
     answer, says = NO_OUTPUT[what]
     with pretending([answer]) as (run, connection):
-        segment = connection.segment(0, 1, 1, 8, spec_of(run), build_method(run), 2)
+        segment = connection.segment(Stretch(0, 1, 1, 8), spec_of(run), build_method(run), 2)
         error = told(in_thread(segment, smashed(run)))
         assert isinstance(error, WireError)
         assert says in str(error)
@@ -620,7 +621,7 @@ def test_an_output_that_cannot_be_ends_the_client_with_a_wire_error(what: str) -
 def test_a_gradient_after_an_output_that_cannot_be_does_too(what: str) -> None:
     answer, says = NO_GRADIENT[what]
     with pretending([output(), answer]) as (run, connection):
-        segment = connection.segment(0, 1, 1, 8, spec_of(run), build_method(run), 2)
+        segment = connection.segment(Stretch(0, 1, 1, 8), spec_of(run), build_method(run), 2)
         u = in_thread(segment, smashed(run)).result(timeout=SOON_S)
         error = told(in_thread(segment, torch.zeros_like(u)))
         assert isinstance(error, WireError)
@@ -630,7 +631,7 @@ def test_a_gradient_after_an_output_that_cannot_be_does_too(what: str) -> None:
 @pytest.mark.parametrize("answers", [[], [output()]])
 def test_a_server_that_closes_the_stream_in_an_exchange_ends_the_client(answers: Sequence[Any]) -> None:
     with pretending(answers) as (run, connection):
-        segment = connection.segment(0, 1, 1, 8, spec_of(run), build_method(run), 2)
+        segment = connection.segment(Stretch(0, 1, 1, 8), spec_of(run), build_method(run), 2)
 
         def exchanged() -> None:
             u = segment(smashed(run))
@@ -644,7 +645,7 @@ def test_a_server_that_closes_the_stream_in_an_exchange_ends_the_client(answers:
 
 def test_a_gradient_that_nobody_waits_for_ends_the_client() -> None:
     with pretending([output(), gradient()], "dsl") as (run, connection):
-        segment = connection.segment(0, 1, 1, 8, spec_of(run), build_method(run), 2)
+        segment = connection.segment(Stretch(0, 1, 1, 8), spec_of(run), build_method(run), 2)
         u = in_thread(segment, smashed(run)).result(timeout=SOON_S)
         assert segment(torch.zeros_like(u)) is None
         segment.finish()

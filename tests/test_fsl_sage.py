@@ -1,6 +1,7 @@
 """FSL-SAGE: its formulas by hand, when a client's head changes, and whole runs against a loop."""
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -168,9 +169,12 @@ def made(samples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return torch.randn(samples, 4, 4, 4, generator=dice), torch.randint(0, 4, (samples,), generator=dice)
 
 
+EPOCHS = itertools.count()
+
+
 def new_head(method: Method, part: ServerPart, client: int = 0) -> nn.Module:
     assert method.new_head is not None
-    return method.new_head(part, client)
+    return method.new_head(part, client, next(EPOCHS))
 
 
 @pytest.mark.parametrize(("epochs", "lr", "left"), [(5, 1e-3, 0.98), (100, 1e-2, 0.5)])

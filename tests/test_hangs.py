@@ -28,7 +28,7 @@ from common.wire import rpc
 from common.wire import split_learning_pb2 as pb
 from common.wire.pieces import Piece
 from dsl_client.connection import Connection
-from dsl_client.stream import Examination, Flow, Outgoing, Segment
+from dsl_client.stream import Examination, Flow, Outgoing, Segment, Stretch
 from dsl_server import service
 from dsl_server.inbox import Errand, Job
 from dsl_server.record import Record
@@ -48,8 +48,8 @@ def _no_answer_is_left_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     made: list[Job | Errand] = []
 
     def recording(kind: type[Any]) -> Callable[..., Any]:
-        def make(*arguments: Any) -> Any:
-            made.append(kind(*arguments))
+        def make(*arguments: Any, **more: Any) -> Any:
+            made.append(kind(*arguments, **more))
             return made[-1]
 
         return make
@@ -170,7 +170,7 @@ def test_a_client_that_waits_for_its_last_receipts_is_told_that_a_step_failed(
     run = small_run(method="dsl", inbox=9, epochs=1)
     with serving(run, tmp_path) as server:
         connection, _ = connect(server)
-        segment = connection.segment(0, 1, 3, 24, spec_of(run), build_method(run), 9)
+        segment = connection.segment(Stretch(0, 1, 3, 24), spec_of(run), build_method(run), 9)
         for _ in range(3):
             segment(smashed(run))
         segment.finish()
@@ -195,7 +195,7 @@ def test_a_step_that_fails_after_its_client_left_is_not_taken_for_a_finished_run
     step_of(monkeypatch, "dsl", before)
     with serving(small_run(method="dsl", inbox=9), tmp_path) as server, member(server) as client:
         sending = in_thread(client.stream, [smashed(server.run)] * 3)
-        wait_for(lambda: server.rounds.members()[0].received == 3)
+        wait_for(lambda: server.rounds.members()[0].received.sequence == 3)
         client.leave()
         gate.set()
         assert "out of luck" in str(ended(server))
@@ -252,7 +252,7 @@ def test_a_count_that_fails_after_the_answers_are_out_ends_the_run(
 def test_a_server_that_is_stopped_tells_the_clients_that_train(method: str, tmp_path: Path) -> None:
     with serving(small_run(method=method, clients=2), tmp_path) as server:
         everyone = [client for _, client in all_train(server, "ann", "bob", samples=20_000)]
-        wait_for(lambda: all(member.received > 1 for member in server.rounds.members()))
+        wait_for(lambda: all(member.laid > 1 for member in server.rounds.members()))
         server.stop(ClosedError("the server was stopped (Ctrl-C)"))
         for client in everyone:
             assert "the server was stopped (Ctrl-C)" in str(told(client))
@@ -266,7 +266,7 @@ def test_a_client_that_is_between_two_calls_is_told_why_the_server_went_too(tmp_
         server.stop(ClosedError("the server was stopped (Ctrl-C)"))
         wait_for(lambda: connection._over is not None)
         for call in (
-            lambda: connection.segment(0, 1, 1, 8, spec, method, 1)(smashed(server.run)),
+            lambda: connection.segment(Stretch(0, 1, 1, 8), spec, method, 1)(smashed(server.run)),
             lambda: score(connection.evaluation(0, 0, spec, 2), smashed(server.run)),
             lambda: connection.sync(pb.SYNC_PURPOSE_TAKE_TURN, 0, {}, 0, {}),
         ):
@@ -301,7 +301,7 @@ def test_a_server_that_is_stopped_in_the_midst_of_a_step_lets_its_clients_go_at_
     step_of(monkeypatch, method, waiting_for(gate))
     with serving(small_run(method=method, clients=2, epochs=1000), tmp_path) as server:
         everyone = [client for _, client in all_train(server, "ann", "bob")]
-        wait_for(lambda: method == "csl" or all(m.received for m in server.rounds.members()))
+        wait_for(lambda: method == "csl" or all(m.laid for m in server.rounds.members()))
         stopped = in_thread(server.stop, ClosedError("enough"))
         try:
             for client in everyone:
@@ -467,14 +467,18 @@ class Stuck:
         return True
 
 
+def stuck(run: Run, flow: Flow) -> Segment:
+    """A segment with an outbox of one, of which nothing is ever taken."""
+    stretch = Stretch(0, 1, 1, 8)
+    opening = Piece(pb.StreamActivationsRequest(segment=stretch.opening("s")))
+    outgoing = Outgoing(lambda _: Stuck(), opening, 1, Clock(), flow)
+    return Segment(outgoing, stretch, 0, spec_of(run), build_method(run), Clock())
+
+
 def test_batches_that_are_skipped_are_told_of_without_waiting() -> None:
     run, flow = small_run(method="dsl"), Flow()
 
-    def segment() -> Segment:
-        opening, method = pb.Segment(first_sequence=1), build_method(run)
-        return Segment(lambda _: Stuck(), opening, 0, spec_of(run), method, 1, Clock(), flow)
-
-    first, second = segment(), segment()
+    first, second = stuck(run, flow), stuck(run, flow)
     assert not first.full
     first(smashed(run))
     assert first.full
@@ -485,8 +489,7 @@ def test_batches_that_are_skipped_are_told_of_without_waiting() -> None:
 
 def test_an_outbox_that_is_closed_is_not_full_so_that_who_sends_is_told_why() -> None:
     run = small_run(method="dsl")
-    opening, method = pb.Segment(first_sequence=1), build_method(run)
-    segment = Segment(lambda _: Stuck(), opening, 0, spec_of(run), method, 1, Clock(), Flow())
+    segment = stuck(run, Flow())
     segment(smashed(run))
     assert segment.full
     segment.fail(ClosedError("the server went away"))
@@ -552,14 +555,14 @@ def pretending(answers: Sequence[Any]) -> Iterator[tuple[Run, Connection]]:
 
 def test_a_server_that_closes_the_stream_without_an_answer_ends_the_client() -> None:
     with pretending([]) as (run, connection):
-        segment = connection.segment(0, 1, 1, 8, spec_of(run), build_method(run), 2)
+        segment = connection.segment(Stretch(0, 1, 1, 8), spec_of(run), build_method(run), 2)
         error = told(in_thread(segment, smashed(run)))
         assert "the server closed the stream before it answered" in str(error)
 
 
 def test_an_answer_to_a_batch_that_was_not_sent_ends_the_client() -> None:
     with pretending([gradient(), gradient(sequence=2)]) as (run, connection):
-        segment = connection.segment(0, 1, 1, 8, spec_of(run), build_method(run), 2)
+        segment = connection.segment(Stretch(0, 1, 1, 8), spec_of(run), build_method(run), 2)
         assert segment(smashed(run)) is not None
         segment.finish()
         error = told(in_thread(connection.settle))

@@ -87,7 +87,7 @@ def test_lambda_0_is_dsl_and_any_other_is_not(norm: bool) -> None:
 class Reshuffled(Batches):
     """In another order each epoch: who asks for the wrong epoch gets other batches."""
 
-    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(self.samples, generator=torch.Generator().manual_seed(number))
         yield from ((self.x[some], self.y[some]) for some in order.split(self._size))
 

@@ -292,7 +292,7 @@ def test_a_head_is_not_fitted_to_samples_whose_step_was_left_out() -> None:
     fresh = hosting.parts[0].head
     assert fresh is not None
     before = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
-    made = hosting.new_head(0).state_dict()
+    made = hosting.new_head(0, 0).state_dict()
     assert finite(made)
     assert not same(made, before), "the other samples teach it something"
 

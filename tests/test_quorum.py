@@ -38,7 +38,7 @@ class Interrupted(Batches):
         super().__init__(run, seed, SAMPLES)
         self._at, self._what = (epoch, batch), what
 
-    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         for batch, images in enumerate(super().epoch(number)):
             if (number, batch) == self._at:
                 self._what()
@@ -148,7 +148,7 @@ def test_a_batch_that_waits_for_its_group_goes_with_its_client(tmp_path: Path) -
 
         def cid_dies() -> None:
             cid = server.rounds.members()[2]
-            wait_for(lambda: cid.received == 1 and len(server.inbox._lanes[2]) == 1)
+            wait_for(lambda: cid.laid == 1 and len(server.inbox._lanes[2]) == 1)
             gone(us.connections[2])
             wait_for(lambda: cid.lost is not None)
 

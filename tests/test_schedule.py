@@ -199,7 +199,9 @@ def steps_of(run: Run, folder: Path, data: Sequence[Batches]) -> tuple[list[floa
         server, _, summary = federation(run, folder, data)
     expected = len(build_method(run).sent(run.epochs - 1, len(data[0])))
     epochs = run.send_last_epochs or run.epochs
-    assert [member.received for member in server.rounds.members()] == [epochs * expected] * run.clients
+    assert [member.received.sequence for member in server.rounds.members()] == [
+        epochs * expected
+    ] * run.clients
     return rates, summary, next(folder.glob("server*"))
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from common.codecs.travel import KINDS, Travel, Way
-from common.errors import ConfigError, WireError
+from common.errors import ConfigError, StepError, WireError
 from common.methods import settled
 from common.methods.base import Smashed
 from common.nets.cut import build
@@ -135,13 +135,13 @@ def test_a_plain_batch_where_there_is_a_codec_is_refused() -> None:
 def test_activations_that_cannot_be_encoded_end_the_client_with_the_reason(
     method: str, tmp_path: Path
 ) -> None:
-    """They are encoded in gRPC's thread, whose errors it would call UNKNOWN."""
+    """Before they are handed to gRPC's thread, whose errors it would call UNKNOWN."""
     run = settled(small_run(method=method, codec=("activations=int8",)))
     data, test = Batches(run, seed=1, samples=24), Batches(run, seed=2, samples=8)
     data.x[9] = math.nan
     with serving(run, tmp_path) as server:
         connection, client = connect(server)
-        with pytest.raises(WireError, match="NaN or infinite"):
+        with pytest.raises(StepError, match="is not finite"):
             train(run, connection, client, data, test)
 
 

@@ -111,7 +111,7 @@ def test_what_ampere_sends_is_of_images_as_they_are(tmp_path: Path) -> None:
     class Asked(Batches):
         asked: ClassVar[list[object]] = []
 
-        def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
             self.asked.append(number)
             return super().epoch(number)
 

@@ -21,6 +21,7 @@ from common.rundir import RunFolder
 from common.wire import options
 from common.wire import split_learning_pb2 as pb
 from dsl_client.connection import Connection
+from dsl_client.stream import Stretch
 from dsl_lab.launch import program
 from dsl_server.server import Server
 from tests.faults.proxy import Direction, Proxy
@@ -124,7 +125,9 @@ def test_b8_a_server_that_does_not_read_holds_its_client_back_and_memory_stays_f
     sent = 0
     with serving(run, tmp_path) as server:
         connection, _ = connect(server)
-        segment = connection.segment(0, 1, batches, 32 * batches, spec_of(run), build_method(run), run.outbox)
+        segment = connection.segment(
+            Stretch(0, 1, batches, 32 * batches), spec_of(run), build_method(run), run.outbox
+        )
 
         def send() -> None:
             nonlocal sent
@@ -149,7 +152,7 @@ def test_b8_a_server_that_does_not_read_holds_its_client_back_and_memory_stays_f
         client.result(timeout=20)
         segment.finish()
         connection.settle()
-        assert server.rounds.members()[0].received == batches
+        assert server.rounds.members()[0].received.sequence == batches
         connection.close()
 
 

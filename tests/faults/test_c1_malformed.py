@@ -198,7 +198,7 @@ class Thrower:
     @property
     def received(self) -> int:
         """Batches of this client that the server has taken."""
-        return self.server.rounds.members()[0].received
+        return self.server.rounds.members()[0].received.sequence
 
     def throw(self, which: Rpc, messages: Sequence[Any]) -> grpc.StatusCode:
         stream = Frames.of(self.dice, messages).damaged()

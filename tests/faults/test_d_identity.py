@@ -386,7 +386,7 @@ def test_d9_d7_a_session_is_of_no_use_to_another_client(
             else:
                 list(call(iter(messages), timeout=DEADLINE_S))
         assert all(torch.equal(tensor, state_of(server.part)[name]) for name, tensor in before.items())
-        assert server.rounds.members()[0].received == 0
+        assert server.rounds.members()[0].received.sequence == 0
         ann.send([smashed(server.run)])  # and ann has not lost it
         bob.send([smashed(server.run)])
         assert audit(tmp_path)[-1]["event"] == "refused"
@@ -421,7 +421,7 @@ def test_d9_what_follows_a_refused_opening_is_not_processed(
             # A server that refused the first and read on would find an opening and batches that are right.
             bob.stub.StreamActivations(iter([stolen, *own]), timeout=DEADLINE_S)
         assert decoded == []
-        assert [member.received for member in server.rounds.members()] == [0, 0]
+        assert [member.received.sequence for member in server.rounds.members()] == [0, 0]
         assert server.record.samples_trained == 0
         assert all(torch.equal(tensor, state_of(server.part)[name]) for name, tensor in before.items())
         assert [line["event"] for line in audit(tmp_path)] == ["joined", "joined", "refused"]
