@@ -85,7 +85,12 @@ def run_of(folder: Path) -> Run:
         raise ConfigError(f"--resume {folder} holds no run that could go on: {error}") from error
     if (folder / "summary.json").exists():
         raise ConfigError(f"--resume {folder}: that run has ended; its summary.json is there")
-    return Run(**checked(described, f"{folder}/run.json"))
+    run = Run(**checked(described, f"{folder}/run.json"))
+    if not run.lasts:
+        raise ConfigError(
+            f"--resume {folder}: that run made no checkpoints; start it with --checkpoint-every"
+        )
+    return run
 
 
 def _description(run: Run, role: str) -> dict[str, Any]:

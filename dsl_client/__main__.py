@@ -72,6 +72,8 @@ def _main(arguments: list[str]) -> int:
             progress.show(f"waiting for the server at {options.server}")
             run = client.join(options.patience, options.takeover)
             progress.log(_joined(client, run, options.server))
+            if options.state and not run.lasts:
+                progress.log("the run makes no checkpoints (--checkpoint-every), so --state is of no use")
             view = _View(client, run, progress)
             folder = client.train(out, view.step, view.scored, progress.log)
             progress.log(f"finished: everything in {folder}")

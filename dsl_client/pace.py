@@ -42,8 +42,8 @@ class Pace(Protocol):
         """Before an epoch of so many samples: the epoch in which sending began, or this one."""
         ...
 
-    def over(self, segment: Segment) -> Wire:
-        """A method's wire, that sends by this segment what it chooses to."""
+    def over(self, segment: Segment, place: int = 0) -> Wire:
+        """A method's wire, that sends by this segment what it chooses to. place: of its first batch."""
         ...
 
     def state(self) -> dict[str, Any]:
@@ -124,7 +124,7 @@ class Adaptive:
         self._latest = self._now()
         return self._first_epoch
 
-    def over(self, segment: Segment) -> Wire:
+    def over(self, segment: Segment, place: int = 0) -> Wire:
         def wire(batch: Sent) -> None:
             assert isinstance(batch, Smashed), "nothing comes back"
             if segment.full:
@@ -247,8 +247,8 @@ class Thrifty:
         self._weights.load(state["weights"])
         self.counts = Counter(state["counts"])
 
-    def over(self, segment: Segment) -> Wire:
-        index = 0
+    def over(self, segment: Segment, place: int = 0) -> Wire:
+        index = place
 
         def wire(batch: Sent) -> None:
             nonlocal index

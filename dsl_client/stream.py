@@ -298,10 +298,15 @@ class Segment:
         self._sequence += 1
         self._skips.append(self._skipped(batch))
 
+    def flush(self) -> None:
+        """Tells of what was skipped last now, rather than with the next batch."""
+        if self._skips:
+            skips, self._skips = self._skips, []
+            self._stream.put(iter(skips), wait=False)  # a few bytes
+
     def finish(self) -> None:
         """Ends the segment; does not wait for its receipt."""
-        if self._skips:
-            self._stream.put(iter(self._skips), wait=False)  # a few bytes
+        self.flush()
         self._stream.finish()
 
     def fail(self, reason: SplitLearningError) -> None:

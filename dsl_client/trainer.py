@@ -140,7 +140,8 @@ class Trainer:
         batches, method = len(data), self._method
         sent = method.sent(epoch, batches)
         segment = self._segment(epoch, data, sent) if sent and self._batch <= sent[-1] else None
-        paced = self.pace.over(segment) if self.pace and segment else segment
+        place = sum(index < self._batch for index in sent)
+        paced = self.pace.over(segment, place) if self.pace and segment else segment
         for index, (x, y) in enumerate(data.epoch(epoch, self._batch), self._batch):
             rate = learning_rate(self._run, progress_of(self._run, epoch, index, batches))
             set_learning_rate(self._part.optimizer, rate)
@@ -152,7 +153,7 @@ class Trainer:
                 self._total = loss * len(y) + (0 if self._total is None else self._total)
             self._batch = index + 1
             self.sequence += index in sent
-            self._keep(is_waypoint(index, batches))
+            self._keep(is_waypoint(index, batches), segment)
             shown = segment.server_loss if loss is None and segment else loss
             on_step(Step(epoch, index + 1, batches, len(y), shown))
         if (
@@ -200,7 +201,7 @@ class Trainer:
         elif snapshot is not None:
             self._load(snapshot)
 
-    def _keep(self, waypoint: bool) -> None:
+    def _keep(self, waypoint: bool, segment: Segment | None = None) -> None:
         """What the client is now: after every step where it may have to go back to it, else now and then."""
         if self._memory is None:
             return
@@ -208,6 +209,8 @@ class Trainer:
         if not self._method.goes_back:
             if now - self._kept_at < self._run.checkpoint_every and self._batch:
                 return
+            if segment:
+                segment.flush()
             self._connection.keep(self.sequence)
         self._kept_at = now
         tensors = copied(state_of(self._part)) | {"chance": torch.get_rng_state()}

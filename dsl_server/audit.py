@@ -8,7 +8,7 @@ from urllib.parse import unquote
 from common.errors import ClosedError
 from common.rundir import RunFolder
 
-Event = Literal["joined", "came back", "refused", "away", "left", "lost", "checkpoint"]
+Event = Literal["joined", "came back", "took over", "refused", "away", "left", "lost", "checkpoint"]
 
 
 class Audit:

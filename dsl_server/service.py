@@ -40,7 +40,7 @@ from common.wire import split_learning_pb2 as pb
 from common.wire.codec import Arrived, BatchSpec
 from common.wire.pieces import Digest, Piece
 from common.wire.rpc import EXPECTED, RPCS, SERVICE, VERSION, judged, reader, writer
-from dsl_server.audit import Audit
+from dsl_server.audit import Audit, Event
 from dsl_server.inbox import EpochEnd, Errand, Inbox, Job, Trained
 from dsl_server.ledger import Mark, Newcomer
 from dsl_server.record import Evaluation, Record
@@ -121,7 +121,8 @@ class Service:
         except SplitLearningError as error:
             self._audit("refused", peer, request.name, error)
             raise
-        self._audit("joined" if member.account.sessions == 1 else "came back", peer, member.name)
+        again: Event = "took over" if request.takeover else "came back"
+        self._audit("joined" if member.account.sessions == 1 else again, peer, member.name)
         self._record.joined()
         self._inbox.join(member.client)
         if not context.add_callback(lambda: self._left_alone(member, peer)):

@@ -150,7 +150,7 @@ def test_a_batch_that_waits_for_its_group_goes_with_its_client(tmp_path: Path) -
             cid = server.rounds.members()[2]
             wait_for(lambda: cid.laid == 1 and len(server.inbox._lanes[2]) == 1)
             gone(us.connections[2])
-            wait_for(lambda: cid.lost is not None)
+            wait_for(lambda: cid.lost)
 
         slow = Interrupted(us.run, 0, 0, 1, cid_dies)
         ann, bob, cid = us.start({0: slow})
@@ -218,7 +218,7 @@ def test_a_lost_clients_place_is_not_given_away(tmp_path: Path) -> None:
     with serving(small_run(method="psl", clients=3, quorum=2), tmp_path) as server:
         us = Federation(server)
         gone(us.connections[2])
-        wait_for(lambda: server.rounds.members()[2].lost is not None)
+        wait_for(lambda: server.rounds.members()[2].lost)
         with pytest.raises(ClosedError, match="'late' is one too many"):
             connect(server, "late")
         us.finished(us.start({})[:2])
