@@ -8,7 +8,15 @@ from typing import Any
 import grpc
 
 from common import tls
-from common.errors import ClosedError, DigestError, RefusedError, SequenceError, SplitLearningError, WireError
+from common.errors import (
+    ClosedError,
+    ConfigError,
+    DigestError,
+    RefusedError,
+    SequenceError,
+    SplitLearningError,
+    WireError,
+)
 from common.meter import Clock, Traffic
 from common.methods.base import Method, Tail
 from common.parts import Spec, State
@@ -25,7 +33,7 @@ from dsl_client.stream import Call, Examination, Flow, Outgoing, Segment, Stretc
 ANSWER_S = 30.0  # for Join's and Leave's answer, once connected
 PREFLIGHT_S = 1.0  # how often it is asked why there is no connection yet
 LONGEST_PAUSE_S = 2.0  # from one attempt to come back to the next
-FRUITLESS = 8  # times that a client comes back and nothing gets through
+FRUITLESS = 8  # times that a client comes back at least, and nothing gets through, until it gives up
 
 
 class Connection:
@@ -54,7 +62,7 @@ class Connection:
         self._channels: list[grpc.Channel] = []  # the last one is used; closing one under a call is an error
         self.session, self.generation, self._client = "", 0, -1
         self._received = 0  # of this client's batches, when it last joined
-        self._fruitless = 0  # times that it came back since anything got through
+        self._fruitless, self._got_through_at = 0, 0.0  # times that it came back since anything got through
         self._patience = 0.0
         self._returning = threading.Lock()
         self._open()
@@ -79,7 +87,8 @@ class Connection:
                 raise error
             if generation == self.generation:
                 self._fruitless += 1
-                if self._fruitless > FRUITLESS:
+                fruitless_s = time.monotonic() - self._got_through_at
+                if self._fruitless > FRUITLESS and fruitless_s > self._patience:
                     raise error
                 self._drop()
                 self._join_again()
@@ -97,7 +106,7 @@ class Connection:
                 return
             except RefusedError:
                 raise
-            except ClosedError:
+            except (ClosedError, ConfigError):  # certificates that are just being renewed, too
                 if time.monotonic() >= end:
                     raise
             time.sleep(pause * random.uniform(0.5, 1.5))
@@ -128,7 +137,9 @@ class Connection:
         if welcome.version != rpc.VERSION:
             raise WireError(f"the server speaks protocol version {welcome.version}, not {rpc.VERSION}")
         memory.belongs_to(welcome.run_id)
-        self._over = None
+        if welcome.received > self._received:
+            self._got_through()
+        self._over, self._membership = None, membership
         self.session, self._client, self._received = welcome.session, welcome.client, welcome.received
         self.generation += 1
         watch = threading.Thread(
@@ -197,7 +208,7 @@ class Connection:
             self._segments.pop(0).receipt()
         if self._delivery:
             self._delivery.settle()
-        self._fruitless = 0
+        self._got_through()
 
     def keep(self, last: int) -> None:
         """Waits until the batches up to this number will be delivered whatever happens to this process."""
@@ -224,6 +235,9 @@ class Connection:
                         return  # it was heard, and its answer was lost
                     raise
 
+    def _got_through(self) -> None:
+        self._fruitless, self._got_through_at = 0, time.monotonic()
+
     def close(self, failure: str = "") -> None:
         """Ends the membership. A failure is told to the server if it is still there."""
         if failure and self.session and not self._over:
@@ -245,9 +259,8 @@ class Connection:
         """Raises IdentityError as soon as it is certain that waiting is of no use."""
         end = time.monotonic() + patience
         while True:
-            ready = grpc.channel_ready_future(
-                self._channels[-1]
-            )  # each asks once: what came may be gone already
+            # Asked anew each time, since each asks once: what came may be gone already.
+            ready = grpc.channel_ready_future(self._channels[-1])
             try:
                 ready.result(min(PREFLIGHT_S, max(0.0, end - time.monotonic())))
                 return
@@ -294,12 +307,14 @@ class Connection:
             for told_ in membership:
                 durable = rpc.judged(told_).durable
                 self.memory.throw_away(durable.sequence)
-                self._fruitless = 0
+                self._got_through()
             over: SplitLearningError = ClosedError("the server ended this client's membership")
         except grpc.RpcError as error:
             over = told(error)
         except SplitLearningError as error:
             over = error
+        except OSError as error:
+            over = RefusedError(f"this client cannot write its --state: {error.strerror}")
         if self._leaving or generation != self.generation:
             return
         self._over = over
