@@ -142,6 +142,8 @@ class Connection:
         self._over, self._membership = None, membership
         self.session, self._client, self._received = welcome.session, welcome.client, welcome.received
         self.generation += 1
+        if self._delivery:
+            self._delivery.resume(welcome.received)
         watch = threading.Thread(
             target=self._watch, args=[membership, self.generation], name="membership", daemon=True
         )

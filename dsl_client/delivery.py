@@ -39,8 +39,7 @@ class Line(Protocol):
         ...
 
     def come_back(self, error: SplitLearningError, generation: int) -> int:
-        """After this failure in a membership: the number of the last batch that the server has. Raises what
-        cannot be mended."""
+        """After this failure in a membership begins the next one. Raises what cannot be mended."""
         ...
 
 
@@ -77,6 +76,15 @@ class Delivery:
         """Waits while the outbox is full. Raises why nothing is delivered any more."""
         self._flow.wait(1)
         self._outbox.put((stretch, pieces), wait)
+
+    def resume(self, received: int) -> None:
+        """In a new membership: the server has the batches up to this number, and no other one, even if it had
+        given a receipt. Calls of the last membership are of no account any more."""
+        with self._changed:
+            self._attempt += 1
+            self._sent, self._broken = received, None
+            self._open.clear()
+            self._changed.notify_all()
 
     def settle(self) -> None:
         """Waits until the server has learned of all that was put. Raises why it never will."""
@@ -153,10 +161,7 @@ class Delivery:
             if broken is None:
                 assert frame is not None
                 return frame
-            received = self._line.come_back(*broken)
-            with self._changed:
-                self._sent, self._broken = received, None
-                self._changed.notify_all()
+            self._line.come_back(*broken)  # which has `resume` called, whoever of us was the first
 
     def _something(self) -> bool:
         if self._closed or self._broken:

@@ -233,6 +233,7 @@ class Service:
             self._saver.commit()
         elif head.purpose == pb.SYNC_PURPOSE_TAKE_TURN and self._run.sync == "relay":
             answer = self._rounds.take_turn(member, head.epoch)
+            self._saver.commit()
         elif head.purpose == pb.SYNC_PURPOSE_END_TURN and self._run.sync == "relay" and part:
             self._rounds.end_turn(member, head.epoch, part)
             self._saver.commit()
