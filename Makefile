@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint stubs bench-accuracy bench-codecs bench-link bench-methods bench-overlap bench-traffic bench-wire clean fuzz
+.PHONY: demo test lint stubs soak bench-accuracy bench-codecs bench-durability bench-link bench-methods bench-overlap bench-traffic bench-wire clean fuzz
 
 demo: $(VENV)/ready
 	$(BIN)/dsl demo
@@ -24,7 +24,10 @@ fuzz: $(VENV)/ready
 stubs: $(VENV)/ready
 	$(BIN)/python tools/stubs.py
 
-bench-accuracy bench-codecs bench-link bench-methods bench-overlap bench-traffic bench-wire: bench-%: $(VENV)/ready
+soak: $(VENV)/ready
+	$(BIN)/python benchmarks/soak/main.py $(SOAK)
+
+bench-accuracy bench-codecs bench-durability bench-link bench-methods bench-overlap bench-traffic bench-wire: bench-%: $(VENV)/ready
 	$(BIN)/python benchmarks/$*/main.py $(IMAGES)
 
 $(VENV)/ready: pyproject.toml

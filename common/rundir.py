@@ -27,7 +27,7 @@ class RunFolder:
             raise ConfigError(f"--out {self.path} holds a run already; choose another folder or remove it")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if not goes_on:
+            if not (goes_on and (self.path / "run.json").exists()):
                 self._write("run.json", _description(run, role))
         except OSError as error:
             raise ConfigError(f"--out {self.path}: {error.strerror}") from error

@@ -24,6 +24,7 @@ from dsl_client import data
 from dsl_client.batches import Batches, Indices, limited, partition
 from dsl_client.connection import Connection
 from dsl_client.memory import Memory
+from dsl_client.spool import written
 from dsl_client.trainer import Scored, Step, Trainer
 
 
@@ -48,6 +49,7 @@ class Client:
 
     def join(self, patience: float, takeover: bool = False) -> Run:
         """The run that this client is now a member of. Raises RefusedError or ClosedError."""
+        self._goes_on = bool(self._memory.run_id)  # a process before this one has been in it
         welcome = self._connection.join(self._name, patience, takeover)
         self.run, self.index = Run.from_json(welcome.run), welcome.client
         return self.run
@@ -63,7 +65,7 @@ class Client:
         run, method = self.run, build_method(self.run)
         if run.deterministic:
             torch.set_num_threads(1)
-        folder = RunFolder(out, run, f"client-{self.index}", self._memory.recalled() is not None)
+        folder = RunFolder(out, run, f"client-{self.index}", self._goes_on)
         net = build(run)
         self.part = client_part(run, method, net, self._device)
         for module in _forward_passes(self.part):
@@ -72,7 +74,7 @@ class Client:
         train, test = self._batches()
 
         def scored(score: Scored) -> None:
-            folder.add_metrics(asdict(score))
+            written(lambda: folder.add_metrics(asdict(score)), folder.path, on_choice)
             on_scored(score)
 
         trainer = Trainer(run, self.index, method, self.part, self._connection, spec, self._clock, on_choice)

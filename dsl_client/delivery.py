@@ -128,8 +128,6 @@ class Delivery:
                     self._changed.notify_all()
         except SplitLearningError as error:
             self.close(error)
-        except OSError as error:
-            self.close(ClosedError(f"a batch cannot be kept: {error.strerror}; free some space"))
 
     def _room(self) -> None:
         """While the server is there no more frames wait in the spool to be sent than in an outbox."""

@@ -9,6 +9,7 @@ import secrets
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from common.checkpoint import Checkpoints, Saved
 from common.errors import ConfigError, RefusedError
 from common.parts import State
 from common.rundir import Held
-from dsl_client.spool import Spool
+from dsl_client.spool import Spool, written
 
 _KEPT = 2  # snapshots of a client that need not go back: the newest, and one in case that is damaged
 
@@ -32,7 +33,8 @@ class Snapshot:
 
 
 class Memory:
-    """folder: None for the memory of this process. on_damage: told, loudly, of what cannot be read.
+    """folder: None for the memory of this process. on_damage: told, loudly, of what cannot be
+    read, or not be written for now.
 
     Raises ConfigError when another process has the folder, or it cannot be written.
     """
@@ -66,7 +68,7 @@ class Memory:
     def spool(self, limit: int) -> Spool:
         """Raises ConfigError where what was kept cannot be read."""
         folder = self._folder / "spool" if self._folder else None
-        self._spool = Spool(limit, folder, self.durable)
+        self._spool = Spool(limit, folder, self.durable, self._on_damage)
         return self._spool
 
     def throw_away(self, sequence: int) -> None:
@@ -83,13 +85,14 @@ class Memory:
     def keep(self, snapshot: Snapshot, goes_back: bool) -> None:
         """The newest state. Of those before it waypoints stay, if the client may have to go back, until they
         are thrown away; else the last one does."""
+        number = self._made + 1
+        if self._disk and self._folder:  # unlocked: if the disk is full, others must throw away
+            facts = {**snapshot.facts, "sequence": snapshot.sequence, "waypoint": snapshot.waypoint}
+            saved = Saved(number, snapshot.tensors, facts)
+            written(partial(self._disk.write, saved), self._folder, self._on_damage)
         with self._lock:
-            self._made += 1
-            number = self._made
+            self._made = number
             before = list(self._snapshots)
-            if self._disk:
-                facts = {**snapshot.facts, "sequence": snapshot.sequence, "waypoint": snapshot.waypoint}
-                self._disk.write(Saved(number, snapshot.tensors, facts))
             tensors = {} if self._disk else snapshot.tensors
             self._snapshots[number] = Snapshot(snapshot.sequence, tensors, snapshot.facts, snapshot.waypoint)
             if goes_back:
@@ -128,13 +131,15 @@ class Memory:
             self._disk.drop(keep=lambda number: number not in numbers)
 
     def _write(self) -> None:
-        if self._folder is None:
-            return
+        if self._folder is not None:
+            written(partial(self._write_in, self._folder), self._folder, self._on_damage)
+
+    def _write_in(self, folder: Path) -> None:
         content = {"identity": self.identity, "run_id": self.run_id, "durable": self.durable}
-        temporary = self._folder / ".client.json.tmp"
+        temporary = folder / ".client.json.tmp"
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             file.write(json.dumps(content) + "\n")
-        os.replace(temporary, self._folder / "client.json")
+        os.replace(temporary, folder / "client.json")
 
     def _recall(self, folder: Path) -> None:
         file = folder / "client.json"

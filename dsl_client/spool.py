@@ -9,9 +9,11 @@ import json
 import os
 import struct
 import threading
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from common.wire import split_learning_pb2 as pb
 from common.wire.codec import sealed
 from common.wire.pieces import Piece
 from dsl_client.stream import Stretch
+
+RETRY_S = 2.0  # until a disk that was full is tried again
 
 _LENGTH = struct.Struct("<I")
 
@@ -55,13 +59,19 @@ class Frame:
 
 class Spool:
     """limit: bytes that are kept at most. folder: where, if not in memory. last: the number up to which
-    batches have been kept before, be they gone again.
+    batches have been kept before, be they gone again. on_trouble: told why the disk will not have one.
 
     Raises ConfigError where the folder holds what cannot be read.
     """
 
-    def __init__(self, limit: int, folder: Path | None = None, last: int = 0) -> None:
-        self._limit, self._folder = limit, folder
+    def __init__(
+        self,
+        limit: int,
+        folder: Path | None = None,
+        last: int = 0,
+        on_trouble: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._limit, self._folder, self._on_trouble = limit, folder, on_trouble
         self._frames: deque[Frame] = deque()
         self._closed: SplitLearningError | None = None
         self._changed = threading.Condition()
@@ -72,8 +82,8 @@ class Spool:
             self._read(folder)
 
     def append(self, stretch: Stretch, frame: Iterable[Piece[Any]]) -> bool:
-        """Keeps a frame; False where its batches have been kept before. Waits while there is no room; raises
-        why it is closed, OSError when the disk has none."""
+        """Keeps a frame; False where its batches have been kept before. Waits while there is no room,
+        or the disk has none; raises why it is closed."""
         whole = sealed(frame)
         first, last, samples = _contents(whole)
         size = sum(map(pieces.serialized_size, whole))
@@ -82,7 +92,7 @@ class Spool:
         before = self._samples_before(stretch, first)
         kept = Frame(stretch, first, last, before, size, whole)
         if self._folder is not None:
-            self._write(self._folder, kept, samples)
+            written(partial(self._write, self._folder, kept, samples), self._folder, self._on_trouble)
         with self._changed:
             self._changed.wait_for(lambda: self._closed or not self.size or self.size + size <= self._limit)
             if self._closed:
@@ -138,11 +148,16 @@ class Spool:
             "samples": samples,
         }
         assert frame.pieces is not None, "it has just been made"
-        with (folder / f".{path.name}.tmp").open("wb") as file:
-            for part in (json.dumps(head).encode(), *map(pieces.encode, frame.pieces)):
-                file.write(_LENGTH.pack(len(part)))
-                file.write(part)
-        os.rename(folder / f".{path.name}.tmp", path)
+        unfinished = folder / f".{path.name}.tmp"
+        try:
+            with unfinished.open("wb") as file:
+                for part in (json.dumps(head).encode(), *map(pieces.encode, frame.pieces)):
+                    file.write(_LENGTH.pack(len(part)))
+                    file.write(part)
+        except OSError:
+            unfinished.unlink(missing_ok=True)  # the room is needed: to note what may be thrown away
+            raise
+        os.rename(unfinished, path)
         frame.file = path
 
     def _read(self, folder: Path) -> None:
@@ -162,6 +177,19 @@ class Spool:
             self._frames.append(frame)
             self.size += frame.size
             self.last, self._samples = frame.last, frame.before + samples
+
+
+def written(write: Callable[[], None], where: Path, on_trouble: Callable[[str], None]) -> None:
+    """Writes as often as it takes: a disk that is full may have room again."""
+    failed = False
+    while True:
+        try:
+            return write()
+        except OSError as error:
+            if not failed:
+                on_trouble(f"{where} cannot be written: {error.strerror or error}; free some space")
+            failed = True
+        time.sleep(RETRY_S)
 
 
 def _contents(frame: list[Piece[Any]]) -> tuple[int, int, int]:

@@ -42,7 +42,7 @@ from common.wire.pieces import PIECE_BYTES
 from common.wire.rpc import SERVICE
 from dsl_server.audit import Audit
 from dsl_server.gate import Gate
-from dsl_server.inbox import Inbox
+from dsl_server.inbox import Inbox, Job
 from dsl_server.kernel import Sockets
 from dsl_server.ledger import Ledger
 from dsl_server.record import Record
@@ -117,7 +117,7 @@ class Server:
             device,
             self._clock,
             in_turn,
-            on_applied=lambda job: self.rounds.apply(job.client, job.mark),
+            on_applied=self._learned,
             save=self._saver.take,
         )
         self._failure: SplitLearningError | None = None
@@ -216,6 +216,10 @@ class Server:
             self._saved,
             self._troubled,
         )
+
+    def _learned(self, job: Job) -> None:
+        self.rounds.apply(job.client, job.mark)
+        self._saver.stir()
 
     def _captured(self) -> tuple[State, dict[str, Any]]:
         """All that a server needs to go on from here. By the trainer's thread, between two steps."""
