@@ -42,7 +42,7 @@ from common.wire.pieces import PIECE_BYTES
 from common.wire.rpc import SERVICE
 from dsl_server.audit import Audit
 from dsl_server.gate import Gate
-from dsl_server.inbox import Inbox
+from dsl_server.inbox import Inbox, Job
 from dsl_server.kernel import Sockets
 from dsl_server.ledger import Ledger
 from dsl_server.record import Record
@@ -117,7 +117,7 @@ class Server:
             device,
             self._clock,
             in_turn,
-            on_applied=lambda job: self.rounds.apply(job.client, job.mark),
+            on_applied=self._applied,
             save=self._saver.take,
         )
         self._failure: SplitLearningError | None = None
@@ -252,6 +252,10 @@ class Server:
                 f"--resume {self._folder.path}: checkpoint {saved.number} is not one of this release: {error}"
             ) from error
 
+    def _applied(self, job: Job) -> None:
+        self.rounds.apply(job.client, job.mark)
+        self._saver.stir()
+
     def _saved(self, kept: Sequence[Mapping[str, Any]]) -> None:
         """A checkpoint is on disk; these are kept, the oldest first."""
         ledgers = [facts["rounds"]["ledger"]["accounts"] for facts in kept]
@@ -285,12 +289,6 @@ class Server:
         except SplitLearningError as error:
             self._failure = error
             self.rounds.close(ClosedError(str(error)))
-
-
-def _applied(facts: Mapping[str, Any]) -> dict[int, int]:
-    """Of each client, the number up to which a checkpoint has its batches."""
-    accounts = facts["rounds"]["ledger"]["accounts"]
-    return {account["client"]: account["applied"]["sequence"] for account in accounts}
 
 
 def _listen(
