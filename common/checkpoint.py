@@ -75,7 +75,7 @@ class Checkpoints:
     def write(self, saved: Saved) -> None:
         """Raises OSError when the disk will not have it; then nothing of it is left."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        unfinished = self._folder / f".{saved.number}.tmp"
+        left = unfinished = self._folder / f".{saved.number}.tmp"
         shutil.rmtree(unfinished, ignore_errors=True)
         try:
             unfinished.mkdir()
@@ -86,11 +86,11 @@ class Checkpoints:
             (unfinished / _FACTS).write_text(json.dumps(whole))
             for path in (unfinished / _TENSORS, unfinished / _FACTS, unfinished):
                 self._sync(path)
-            os.rename(unfinished, self._path(saved.number))
+            left = unfinished.rename(self._path(saved.number))
+            self._sync(self._folder)
         except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.rmtree(left, ignore_errors=True)
             raise
-        self._sync(self._folder)
 
     def read(self, number: int) -> Saved:
         """Raises ConfigError when it is damaged."""

@@ -51,7 +51,11 @@ class Memory:
             self._held = Held(folder, "--state")
             self._disk = Checkpoints(folder / "snapshots", on_disk=False)
             self._disk.tidy()
-            self._recall(folder)
+            try:
+                self._recall(folder)
+            except ConfigError:
+                self._held.release()
+                raise
 
     @property
     def lasting(self) -> bool:
@@ -122,13 +126,13 @@ class Memory:
             self._drop([n for n, known in self._snapshots.items() if known.sequence > snapshot.sequence])
 
     def _is_past(self, number: int, snapshot: Snapshot) -> bool:
-        return snapshot.sequence < self.durable and number != self._made
+        return snapshot.sequence < self.durable and number != max(self._snapshots)
 
     def _drop(self, numbers: list[int]) -> None:
         for number in numbers:
             del self._snapshots[number]
         if self._disk and numbers:
-            self._disk.drop(keep=lambda number: number not in numbers)
+            self._disk.drop(keep=lambda number: number in self._snapshots)
 
     def _write(self) -> None:
         if self._folder is not None:
@@ -153,7 +157,7 @@ class Memory:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"--state {folder}: client.json cannot be read: {error}") from error
         assert self._disk is not None
-        for saved in self._disk.newest(self._on_damage):
+        for saved in reversed(list(self._disk.newest(self._on_damage))):
             facts = dict(saved.facts)
             self._snapshots[saved.number] = Snapshot(facts["sequence"], {}, facts, facts["waypoint"])
         self._made = max(self._disk.numbers(), default=0)

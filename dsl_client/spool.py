@@ -49,12 +49,11 @@ class Frame:
         if self.pieces is not None or self.file is None:
             yield from self.pieces or []
             return
-        raw = self.file.read_bytes()
-        place = _after_head(raw)
-        while place < len(raw):
-            (length,) = _LENGTH.unpack_from(raw, place)
-            place += _LENGTH.size + length
-            yield pieces.decode(pb.StreamActivationsRequest, raw[place - length : place])
+        _, *whole = _parts(self.file.read_bytes())
+        if sum(map(len, whole)) != self.size:
+            raise WireError(f"{self.file} has been cut off")
+        for part in whole:
+            yield pieces.decode(pb.StreamActivationsRequest, part)
 
 
 class Spool:
@@ -154,10 +153,10 @@ class Spool:
                 for part in (json.dumps(head).encode(), *map(pieces.encode, frame.pieces)):
                     file.write(_LENGTH.pack(len(part)))
                     file.write(part)
+            os.rename(unfinished, path)
         except OSError:
             unfinished.unlink(missing_ok=True)  # the room is needed: to note what may be thrown away
             raise
-        os.rename(unfinished, path)
         frame.file = path
 
     def _read(self, folder: Path) -> None:
@@ -167,12 +166,11 @@ class Spool:
                 path.unlink()  # its process was killed while it wrote: nobody has seen it
                 continue
             try:
-                raw = path.read_bytes()
-                head = json.loads(raw[_LENGTH.size : _after_head(raw)])
+                head = json.loads(next(_parts(path.read_bytes()), b""))
                 samples = head.pop("samples")
                 stretch = Stretch(**head.pop("stretch"))
                 frame = Frame(stretch, **head, pieces=None, file=path)
-            except (ValueError, KeyError, TypeError, struct.error, WireError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, WireError) as error:
                 raise ConfigError(f"{path}: a batch that was kept cannot be read: {error}") from error
             self._frames.append(frame)
             self.size += frame.size
@@ -206,8 +204,12 @@ def _contents(frame: list[Piece[Any]]) -> tuple[int, int, int]:
     return sequences[0], sequences[-1], samples
 
 
-def _after_head(raw: bytes) -> int:
-    (length,) = _LENGTH.unpack_from(raw)
-    if _LENGTH.size + length > len(raw):
-        raise WireError("the file is cut off")
-    return int(_LENGTH.size + length)
+def _parts(raw: bytes) -> Iterator[bytes]:
+    """What a file holds: its head, and its messages. Raises WireError where it ends too soon."""
+    place = 0
+    while place < len(raw):
+        start = place + _LENGTH.size
+        place = start + (_LENGTH.unpack_from(raw, place)[0] if start <= len(raw) else 0)
+        if place > len(raw):
+            raise WireError("the file has been cut off")
+        yield raw[start:place]

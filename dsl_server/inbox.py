@@ -142,7 +142,7 @@ class Inbox:
 
     can_spare: whether the trainer has something of its own to do when nothing waits, which it tells as often
     as that is so; asked only where batches are served as they come. in_step: clients come back to waypoints
-    only. on_epoch_end: told of each that is taken, in fixed order.
+    only. on_epoch_end: told of each that is taken.
     """
 
     def __init__(
@@ -325,7 +325,11 @@ class Inbox:
 
     def _as_they_come(self) -> list[Work]:
         lanes = [self._lanes[c] for c in self._served_now()]
-        return self._grouped([lane.popleft() for lane in lanes if lane])
+        items = [lane.popleft() for lane in lanes if lane]
+        for end in items:
+            if isinstance(end, EpochEnd):  # what lay before it has been served
+                self._on_epoch_end(end)
+        return self._grouped(items)
 
     def _served_now(self) -> list[int]:
         """Those whose batches are taken as they come: for a checkpoint only who is still astray."""

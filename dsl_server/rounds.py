@@ -222,9 +222,11 @@ class Rounds:
             self._changed.notify_all()
 
     def wait_until_applied(self, client: int, sequence: int) -> None:
-        """Until the server's part has learned of this client's batch of that number."""
+        """Until the server's part has learned of this client's batch of that number. Raises why it cannot."""
         account = self.ledger.accounts[client]
-        self._wait_for(lambda: account.applied.sequence >= sequence)
+        self._wait_for(lambda: account.applied.sequence >= sequence or bool(account.lost))
+        if account.applied.sequence < sequence:
+            raise ClosedError(account.lost)
 
     def average(self, member: Member, epoch: int, part: State, samples: int) -> tuple[State, bool]:
         """The mean of the clients' parts of this epoch, once all have come from those that remain; and

@@ -4,6 +4,7 @@ between two steps, written by a thread of their own. Whoever asks meanwhile shar
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from common.checkpoint import Checkpoints, Saved
@@ -133,7 +134,8 @@ class Saver:
         facts = Saved(saved.number, {}, saved.facts)  # the tensors are on disk
         self._kept = [*self._kept, facts][-self._keep :]
         kept = {known.number for known in self._kept}
-        self._checkpoints.drop(keep=lambda number: number in kept or number > saved.number)
+        with suppress(OSError):  # one that stays takes room, and the next time it is tried again
+            self._checkpoints.drop(keep=lambda number: number in kept or number > saved.number)
         self._on_saved([dict(known.facts) for known in self._kept])
         return True
 

@@ -291,12 +291,6 @@ class Server:
             self.rounds.close(ClosedError(str(error)))
 
 
-def _applied(facts: Mapping[str, Any]) -> dict[int, int]:
-    """Of each client, the number up to which a checkpoint has its batches."""
-    accounts = facts["rounds"]["ledger"]["accounts"]
-    return {account["client"]: account["applied"]["sequence"] for account in accounts}
-
-
 def _listen(
     listen: str, clients: int, service: Service, traffic: Traffic, credentials: Credentials | None
 ) -> tuple[grpc.Server, health.HealthServicer, int]:

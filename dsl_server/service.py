@@ -87,6 +87,7 @@ class Service:
         self._audit, self._guard, self._saver = audit, guard, saver
         self._last: dict[int, Job] = {}  # client to what it sent last, where it may have to be told once more
         self._contexts: dict[str, Context] = {}  # session to the call of its open segment
+        self._placed = set[int]()  # clients whose place is in a checkpoint
         self._kept_bytes = Counter[int]()  # by client: received since a checkpoint was last asked for
 
     def state(self) -> tuple[State, dict[str, Any]]:
@@ -105,6 +106,7 @@ class Service:
         return tensors, facts
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        self._placed = {account.client for account in self._rounds.members()}
         for client, known in facts.items():
             nothing = torch.empty(0)
             batch = Arrived(nothing, nothing, known["sequence"], Parcel(fp32(), Encoded((0,), [nothing])))
@@ -127,7 +129,11 @@ class Service:
         self._inbox.join(member.client)
         if not context.add_callback(lambda: self._left_alone(member, peer)):
             self._left_alone(member, peer)  # it has gone already
-        self._saver.commit()  # what it is told of its place must hold when the server starts anew
+        # What it is told of its place must hold when the server starts anew. Once is enough; and a checkpoint
+        # may have to wait for batches of who comes back.
+        if member.client not in self._placed:
+            self._saver.commit()
+            self._placed.add(member.client)
         welcome = pb.Welcome(
             version=VERSION,
             run=self._run.to_json(),
@@ -301,6 +307,8 @@ class Service:
             raise RefusedError(f"{member} has not finished its segment: the trainer may wait for a gradient")
         if not all(0 <= seconds < math.inf for seconds in request.measurements.seconds.values()):
             raise WireError(f"{member}: measured seconds that are none")
+        if member.account.identity:  # it comes back no more: what came of it must not be forgotten
+            self._rounds.wait_until_applied(member.client, member.account.received.sequence)
         self._record.left(request.measurements)
         self._audit("left", context.peer(), member.name)
         self._rounds.leave(member)

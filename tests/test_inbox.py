@@ -1,6 +1,7 @@
 """Lanes in, groups out: who is served when, who waits, and that closing wakes everyone with the reason."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,11 +9,12 @@ import torch
 
 from common.errors import ClosedError
 from common.methods.base import Gather
-from dsl_server.inbox import EpochEnd, Errand, Inbox, Item, Job, RoundEnd, Work
+from dsl_server.inbox import EpochEnd, Errand, Inbox, Item, Job, RoundEnd, Save, Spare, Work
+from dsl_server.ledger import Mark
 from tests.federation import arrived
 from tests.threads import in_thread, waits
 
-pytestmark = pytest.mark.timeout(20)
+pytestmark = pytest.mark.timeout(60)
 
 OVER = ClosedError("the run is over because the test says so")
 
@@ -51,6 +53,8 @@ def told(work: Work) -> str:
         return "|"
     if isinstance(work, Errand):
         return f"x{work.client}"
+    if isinstance(work, Save | Spare):
+        return type(work).__name__.lower()
     return "+".join(f"{job.client}.{job.sequence}" for job in work)
 
 
@@ -439,3 +443,180 @@ def test_closing_wakes_a_tick_that_waits_for_who_is_late() -> None:
     assert waits(work)
     inbox.close(OVER)
     assert work.result(timeout=5) == []
+
+
+# ---------------------------------------------------------------- time for a checkpoint
+
+
+def step(client: int, sequence: int, waypoint: bool = True) -> Job:
+    return replace(job(client, sequence), waypoint=waypoint)
+
+
+def given(work: Iterator[Work], count: int) -> list[str]:
+    return [told(next(work)) for _ in range(count)]
+
+
+def test_a_checkpoint_that_is_asked_for_comes_before_the_next_batch_and_once() -> None:
+    inbox = inbox_of("bb", "b")
+    inbox.ask_save()
+    inbox.ask_save()
+    assert given(iter(inbox), 4) == ["save", "0.1", "1.1", "0.2"]
+
+
+@pytest.mark.parametrize("gather", list(Gather))
+def test_it_comes_between_ticks_and_not_within_one(gather: Gather) -> None:
+    inbox = inbox_of("bb", "bb", "bb", fixed_order=True, gather=gather)
+    work = iter(inbox)
+    first = told(next(work))
+    inbox.ask_save()
+    ticks = [["0.1+1.1+2.1"], ["0.2+1.2+2.2"]]
+    if gather is Gather.EACH:
+        ticks = [["0.1", "1.1", "2.1"], ["0.2", "1.2", "2.2"]]
+    assert [first, *given(work, 2 * len(ticks[0]))] == [*ticks[0], "save", *ticks[1]]
+
+
+@pytest.mark.parametrize("fixed_order", [False, True])
+def test_who_waits_for_work_makes_a_checkpoint_meanwhile(fixed_order: bool) -> None:
+    inbox = Inbox(2, 2, fixed_order)
+    taken = in_thread(lambda: told(next(iter(inbox))))
+    assert waits(taken)
+    inbox.ask_save()
+    assert taken.result(timeout=5) == "save"
+
+
+def test_a_tick_that_waits_for_who_is_late_makes_one_meanwhile_and_waits_on() -> None:
+    inbox = Inbox(2, 2, True, Gather.ALL, timeout=30.0, quorum=2)
+    for client in range(2):
+        inbox.join(client)
+    inbox.put(job(0, 1))
+    work = iter(inbox)
+    inbox.ask_save()
+    assert told(next(work)) == "save"
+    taken = in_thread(lambda: told(next(work)))
+    assert waits(taken)
+    inbox.put(job(1, 1))
+    assert taken.result(timeout=5) == "0.1+1.1"
+
+
+def test_a_closed_inbox_makes_none() -> None:
+    inbox = inbox_of("b")
+    inbox.ask_save()
+    inbox.close(OVER)
+    assert list(inbox) == []
+
+
+def test_one_is_made_too_when_the_last_has_left() -> None:
+    """Whoever says goodbye waits until that is on disk."""
+    inbox = Inbox(1, 2, fixed_order=False)
+    work = iter(inbox)
+    inbox.ask_save()
+    assert told(next(work)) == "save"
+    inbox.leave(0)
+    assert list(work) == []
+
+
+def test_where_clients_go_back_to_waypoints_one_waits_until_each_is_at_one_and_who_is_there_waits() -> None:
+    inbox = Inbox(3, 10, fixed_order=False, in_step=True)
+    for client, waypoint in ((0, False), (1, True), (2, False)):
+        inbox.put(step(client, 1, waypoint))
+    work = iter(inbox)
+    assert given(work, 3) == ["0.1", "1.1", "2.1"]
+    inbox.ask_save()
+    inbox.put(step(1, 2))
+    inbox.put(step(0, 2, waypoint=False))
+    inbox.put(step(2, 2))
+    assert given(work, 2) == ["0.2", "2.2"], "client 1 is at one, and waits"
+    taken = in_thread(lambda: told(next(work)))
+    inbox.put(step(2, 3))
+    assert waits(taken), "client 0 is still astray, and has sent nothing"
+    inbox.put(step(0, 3))
+    assert taken.result(timeout=5) == "0.3"
+    assert given(work, 3) == ["save", "1.2", "2.3"]
+
+
+def test_in_fixed_order_all_go_on_until_each_is_at_a_waypoint() -> None:
+    inbox = Inbox(2, 10, fixed_order=True, in_step=True)
+    for sequence, waypoint in ((1, False), (2, False), (3, True), (4, False)):
+        for client in range(2):
+            inbox.put(step(client, sequence, waypoint))
+    work = iter(inbox)
+    assert given(work, 2) == ["0.1", "1.1"]
+    inbox.ask_save()
+    assert given(work, 6) == ["0.2", "1.2", "0.3", "1.3", "save", "0.4"]
+
+
+def test_without_that_one_waits_for_nobody() -> None:
+    inbox = Inbox(1, 10, fixed_order=False)
+    for sequence in (1, 2):
+        inbox.put(step(0, sequence, waypoint=False))
+    work = iter(inbox)
+    assert told(next(work)) == "0.1"
+    inbox.ask_save()
+    assert told(next(work)) == "save"
+
+
+@pytest.mark.parametrize("how", ["lost", "left"])
+@pytest.mark.parametrize("fixed_order", [False, True])
+def test_who_is_astray_and_gone_holds_up_no_checkpoint(fixed_order: bool, how: str) -> None:
+    inbox = Inbox(2, 10, fixed_order, in_step=True)
+    inbox.put(step(0, 1, waypoint=False))
+    inbox.put(step(1, 1))
+    work = iter(inbox)
+    assert given(work, 2) == ["0.1", "1.1"]
+    inbox.ask_save()
+    taken = in_thread(lambda: told(next(work)))
+    assert waits(taken)
+    if how == "lost":
+        inbox.lose(0, GONE)
+    else:
+        inbox.leave(0)
+    assert taken.result(timeout=5) == "save"
+
+
+# ---------------------------------------------------------------- after a checkpoint
+
+
+def test_it_goes_on_without_who_has_gone() -> None:
+    for fixed_order in (False, True):
+        inbox = Inbox(3, 5, fixed_order)
+        inbox.resume(gone=[1], ended=[])
+        for client in (0, 2):
+            inbox.put(job(client, 7))
+        assert given(iter(inbox), 2) == ["0.7", "2.7"]
+
+
+def test_it_goes_on_with_who_is_at_the_end_of_its_epoch_waiting_for_the_others() -> None:
+    inbox = Inbox(3, 5, fixed_order=True, gather=Gather.ALL)
+    inbox.resume(gone=[], ended=[1])
+    put_items(inbox, 0, "b|b|")
+    put_items(inbox, 1, "b|")
+    put_items(inbox, 2, "b|b|")
+    assert given(iter(inbox), 4) == ["0.1+2.1", "|", "0.2+1.1+2.2", "|"]
+
+
+def test_where_all_are_at_the_end_of_the_epoch_its_round_ends_first() -> None:
+    inbox = Inbox(2, 5, fixed_order=True)
+    inbox.resume(gone=[], ended=[0, 1])
+    for client in range(2):
+        put_items(inbox, client, "b|")
+    assert given(iter(inbox), 4) == ["|", "0.1", "1.1", "|"]
+
+
+def test_where_all_have_gone_the_work_is_over() -> None:
+    inbox = Inbox(2, 5, fixed_order=True)
+    inbox.resume(gone=[0, 1], ended=[])
+    assert list(inbox) == []
+
+
+@pytest.mark.parametrize("fixed_order", [False, True])
+def test_each_end_of_an_epoch_is_told_when_all_before_it_were_served(fixed_order: bool) -> None:
+    """Of batches that were skipped last nothing else tells."""
+    log: list[str] = []
+    inbox = Inbox(2, 5, fixed_order, on_epoch_end=lambda end: log.append(f"{end.client}|{end.mark.sequence}"))
+    for client in range(2):
+        inbox.put(job(client, 1))
+        inbox.put(EpochEnd(client, Mark(3)))
+        inbox.leave(client)
+    for work in inbox:
+        log.append(told(work))
+    assert [entry for entry in log if entry != "|"] == ["0.1", "1.1", "0|3", "1|3"]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load, save
 from torch import Tensor
 
 from common.codecs import Encoded, Parcel, parse
@@ -149,6 +150,47 @@ def test_of_what_is_kept_closed_nothing_else_stays_in_memory() -> None:
     gc.collect()
     assert [ref() for ref in gone] == [None, None]
     assert torch.equal(kept.take().z, torch.ones(50, 1))
+
+
+# ---------------------------------------------------------------- in a checkpoint
+
+
+@given(st.integers(2, 4), st.lists(st.integers(0, 5), max_size=30), st.lists(st.integers(0, 5), max_size=30))
+def test_what_is_kept_goes_on_after_a_checkpoint_in_the_same_order(
+    reuse: int, before: list[int], after: list[int]
+) -> None:
+    """A step is a take, or a batch of so many samples."""
+
+    def go(kept: Replay, steps: list[int], first: int) -> list[int]:
+        order: list[int] = []
+        for number, samples in enumerate(steps, first):
+            if samples:
+                kept.keep(batch(number, samples))
+            else:
+                order += taken(kept, 1)
+        return order
+
+    kept, other = Replay(12 * SAMPLE, reuse), Replay(12 * SAMPLE, reuse)
+    go(kept, before, 0)
+    other.load(load(save(kept.state())), CPU)
+    assert (other.size, other.left, bool(other)) == (kept.size, kept.left, bool(kept))
+    assert go(other, after, 100) == go(kept, after, 100)
+    assert taken(other) == taken(kept)
+    assert other.size == 0
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "int4+zstd", "topk:0.1"])
+def test_a_batch_comes_out_of_a_checkpoint_as_it_came_in(name: str) -> None:
+    codec, g = parse(name), torch.Generator().manual_seed(1)
+    z = torch.randn(4, 3, 5, 2, generator=g).relu()
+    parcel = Parcel(codec, codec.encode(z, g, training=True))
+    kept, other = Replay(10**6, 2), Replay(10**6, 2)
+    kept.keep(Received(parcel.open(), torch.tensor([3, 1, 0, 2]), 1, 0.25, parcel=parcel))
+    other.load(load(save(kept.state())), CPU)
+    one, same = kept.take(), other.take()
+    assert torch.equal(one.z, same.z)
+    assert torch.equal(one.y, same.y)
+    assert (same.client, same.progress) == (1, 0.25)
 
 
 # ---------------------------------------------------------------- on disk

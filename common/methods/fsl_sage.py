@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from common.errors import ConfigError
 from common.methods.base import Answer, ClientPart, Method, Received, ServerPart, Smashed, Step
 from common.methods.dsl import server_step
-from common.parts import State, copied, under
 
 KEPT = 1000  # samples of each client
 BATCH = 100  # of the fit
@@ -110,10 +109,11 @@ class _Server:
         return kept.head
 
     def state(self) -> dict[str, Tensor]:
-        state: State = {}
+        state: dict[str, Tensor] = {}
         for client, kept in self._clients.items():
             state[f"{client}.fitted"] = torch.tensor(kept.fitted)
-            state |= under(f"{client}.head", copied(kept.head.state_dict()))  # it will be fitted again
+            for name, tensor in kept.head.state_dict().items():
+                state[f"{client}.head.{name}"] = tensor.to("cpu", copy=True)  # it will be fitted again
             for index, (z, y) in enumerate(kept.samples):
                 state |= {f"{client}.z.{index}": z, f"{client}.y.{index}": y}
         return state
