@@ -89,6 +89,7 @@ class FakeLine:
         self.refusal: SplitLearningError | None = None
         self.reading = threading.Event()
         self.reading.set()
+        self.delivery: Delivery | None = None  # that it is to tell of a new membership
 
     @property
     def session(self) -> str:
@@ -135,6 +136,8 @@ class FakeLine:
             self.generation += 1
             self.received -= min(self.forgets, self.received)
             self.forgets = 0
+            assert self.delivery
+            self.delivery.resume(self.received)
         return self.received
 
 
@@ -142,6 +145,7 @@ class Bench:
     def __init__(self, line: FakeLine, spool: Spool | None = None, depth: int = 2) -> None:
         self.line, self.spool, self.flow = line, spool or Spool(10**6), Flow()
         self.delivery = Delivery(line, self.spool, depth, Clock(), self.flow, line.received)
+        line.delivery = self.delivery
 
     def put_epoch(self, epoch: int, skips: bool = False) -> None:
         """Three batches, the second perhaps skipped."""
