@@ -331,19 +331,6 @@ def test_the_next_process_sends_what_the_one_before_kept_and_makes_it_no_second_
     ]
 
 
-def test_a_batch_that_cannot_be_kept_ends_it_with_what_to_do(
-    made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("dsl_client.spool.pieces.encode", full)
-    bench = made(FakeLine(), Spool(10**6, tmp_path))
-    bench.delivery.stream(stretch_of(0)).put(frame(1))
-    error = in_thread(bench.delivery.settle).exception(timeout=5)
-    assert str(error) == "a batch cannot be kept: No space left on device; free some space"
-
-
 @pytest.mark.parametrize("damage", ["cut off", "removed"])
 def test_a_batch_that_was_kept_and_is_damaged_ends_it(damage: str, made: Any, tmp_path: Path) -> None:
     spool = Spool(10**6, tmp_path)
