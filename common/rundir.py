@@ -69,6 +69,7 @@ class Held:
             self._file = (folder / ".lock").open("w")
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self._file.close()
             raise ConfigError(f"{flag} {folder}: another process goes on with it; stop that one") from None
         except OSError as error:
             raise ConfigError(f"{flag} {folder}: {error.strerror}") from error

@@ -56,12 +56,14 @@ class Connection:
         self._received = 0  # of this client's batches, when it last joined
         self._fruitless = 0  # times that it came back since anything got through
         self._patience = 0.0
-        self._returning = threading.Lock()
+        self._returning, self._changing = threading.Lock(), threading.Lock()
         self._open()
 
     def join(self, name: str, patience: float, takeover: bool = False) -> pb.Welcome:
         """Waits up to `patience` seconds for the server. Raises RefusedError or ClosedError."""
         self._name, self._patience = name, patience
+        if self.memory.run_id:  # it is in the middle of a run, whose server may be about to come back
+            return self._join_again(takeover)
         return self._join(takeover)
 
     def goes_on(self, run: Run, method: Method) -> None:
@@ -81,11 +83,16 @@ class Connection:
                 self._fruitless += 1
                 if self._fruitless > FRUITLESS:
                     raise error
+                before = self._received
                 self._drop()
                 self._join_again()
+                if self._received > before:
+                    self._fruitless = 0
+                if self._delivery:
+                    self._delivery.resume(self._received)
             return self._received
 
-    def _join_again(self) -> None:
+    def _join_again(self, takeover: bool = False) -> pb.Welcome:
         """Within the patience; a little later each time, and no two clients at the same time."""
         end, pause = time.monotonic() + self._patience, 0.1
         while True:
@@ -93,8 +100,7 @@ class Connection:
                 if own := self._credentials:  # they may have been renewed meanwhile
                     self._credentials = tls.Credentials.read(own.folder, own.end)
                     self._open()
-                self._join(takeover=False)
-                return
+                return self._join(takeover)
             except RefusedError:
                 raise
             except ClosedError:
@@ -128,9 +134,10 @@ class Connection:
         if welcome.version != rpc.VERSION:
             raise WireError(f"the server speaks protocol version {welcome.version}, not {rpc.VERSION}")
         memory.belongs_to(welcome.run_id)
-        self._over = None
-        self.session, self._client, self._received = welcome.session, welcome.client, welcome.received
-        self.generation += 1
+        with self._changing:
+            self._over = None
+            self.session, self._client, self._received = welcome.session, welcome.client, welcome.received
+            self.generation += 1
         watch = threading.Thread(
             target=self._watch, args=[membership, self.generation], name="membership", daemon=True
         )
@@ -293,16 +300,17 @@ class Connection:
         try:
             for told_ in membership:
                 durable = rpc.judged(told_).durable
-                self.memory.throw_away(durable.sequence)
-                self._fruitless = 0
+                if self.memory.throw_away(durable.sequence):  # each membership begins with one
+                    self._fruitless = 0
             over: SplitLearningError = ClosedError("the server ended this client's membership")
         except grpc.RpcError as error:
             over = told(error)
         except SplitLearningError as error:
             over = error
-        if self._leaving or generation != self.generation:
-            return
-        self._over = over
+        with self._changing:
+            if self._leaving or generation != self.generation:
+                return
+            self._over = over
         for segment in list(self._segments):
             segment.fail(over)
         if self._examination:

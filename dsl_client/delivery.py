@@ -41,8 +41,8 @@ class Line(Protocol):
         ...
 
     def come_back(self, error: SplitLearningError, generation: int) -> int:
-        """After this failure in a membership: the number of the last batch that the server has. Raises what
-        cannot be mended."""
+        """After this failure in a membership: begins the next one, unless somebody has, and says so by
+        `Delivery.resume`. Raises what cannot be mended."""
         ...
 
 
@@ -96,6 +96,15 @@ class Delivery:
             self._changed.wait_for(lambda: self._closed or self._spool.last >= last)
             if self._closed and self._spool.last < last:
                 raise self._closed
+
+    def resume(self, received: int) -> None:
+        """In a new membership, whose server has the batches up to this number: it may have forgotten some
+        that it had confirmed, and then nothing but this tells of it."""
+        with self._changed:
+            self._attempt += 1
+            self._open.clear()
+            self._sent, self._broken = received, None
+            self._changed.notify_all()
 
     def close(self, reason: SplitLearningError) -> None:
         """Nothing is delivered any more; who waits is told the first reason given."""
@@ -155,10 +164,7 @@ class Delivery:
             if broken is None:
                 assert frame is not None
                 return frame
-            received = self._line.come_back(*broken)
-            with self._changed:
-                self._sent, self._broken = received, None
-                self._changed.notify_all()
+            self._line.come_back(*broken)
 
     def _something(self) -> bool:
         if self._closed or self._broken:

@@ -1,7 +1,8 @@
 """The client's training loop: epochs of batches, where parts meet, and what is scored when."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -252,9 +253,7 @@ class Trainer:
         examination = self._connection.evaluation(epoch, self.sequence, self._spec, self._run.outbox)
         joined, alone = _Tally(), _Tally()
         part = self._part
-        for module in part.modules.values():
-            module.eval()
-        with torch.no_grad():
+        with _evaluating(part), torch.no_grad():
             for x, y in test.epoch(0):
                 z = part.bottom(x)
                 if self._method.tail is Tail.NONE:
@@ -265,8 +264,6 @@ class Trainer:
                     joined.add(self._tail(z), y)
                 if part.head is not None:
                     alone.add(part.head(z), y)
-        for module in part.modules.values():
-            module.train()
         closing = pb.ClientScore(
             head_correct=None if part.head is None else alone.correct,
             train_loss=None if loss is None else float(loss),
@@ -312,6 +309,18 @@ class Trainer:
         if self._run.sync == "relay":
             self._connection.settle()  # the server, too, is to train on one client after the other
             self._connection.sync(pb.SYNC_PURPOSE_END_TURN, epoch, state_of(self._part), 0, {})
+
+
+@contextmanager
+def _evaluating(part: ClientPart) -> Iterator[None]:
+    """Within it statistics are used as they are, and do not change."""
+    for module in part.modules.values():
+        module.eval()
+    try:
+        yield
+    finally:  # it may fail, and training go on
+        for module in part.modules.values():
+            module.train()
 
 
 class _Tally:

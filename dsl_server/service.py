@@ -126,7 +126,10 @@ class Service:
         self._inbox.join(member.client)
         if not context.add_callback(lambda: self._left_alone(member, peer)):
             self._left_alone(member, peer)  # it has gone already
-        self._saver.commit()  # what it is told of its place must hold when the server starts anew
+        if not self._rounds.is_saved(member):
+            # What it is told of its place must hold when the server starts anew. Only then: a checkpoint may
+            # have to wait until a client that comes back has sent some more.
+            self._saver.commit()
         welcome = pb.Welcome(
             version=VERSION,
             run=self._run.to_json(),
@@ -178,8 +181,9 @@ class Service:
     def _resuming_at(self, member: Member) -> int:
         """The number of the last batch that the client need not send (again)."""
         last = self._last.get(member.client)
-        if last and last.answer.done() and last.answer.exception():
-            self._rounds.give_back(member)  # its step could not be made without its client
+        if last and (last.answer.done() or self._method.tail is Tail.LAST) and last.answer.exception():
+            # Its step could not be made without its client; the trainer may not have noticed yet.
+            self._rounds.give_back(member)
         return member.account.received.sequence
 
     def _left_alone(self, member: Member, peer: str) -> None:
@@ -189,7 +193,15 @@ class Service:
                 self._lost(member, peer)
             return
         self._audit("away", peer, member.name)
+        self._lease(member, peer)
 
+    def expect_back(self) -> None:
+        """After a restart: who had a place may come back, for a while."""
+        for account in self._rounds.members():
+            if not account.gone:
+                self._lease(Member(account, account.session), "")
+
+    def _lease(self, member: Member, peer: str) -> None:
         def lapse() -> None:
             if not member.account.present and member.account.session == member.session:
                 self._lost(member, peer, f"did not come back within {self._run.lease:g} s")
@@ -311,6 +323,8 @@ class Service:
         self._rounds.leave(member)
         self._saver.commit()
         self._inbox.leave(member.client)
+        if context.is_active():
+            self._rounds.heard(member)
         return pb.LeaveResponse()
 
     def _through_tail(
