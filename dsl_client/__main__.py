@@ -81,7 +81,7 @@ def _main(arguments: list[str]) -> int:
             failure = error
             raise
         except cli.Stopped as stopped:
-            failure = f"it was stopped ({stopped})"
+            failure = "" if client.can_return else f"it was stopped ({stopped})"
             raise
         finally:
             client.close(failure)

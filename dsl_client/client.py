@@ -94,6 +94,11 @@ class Client:
         )
         return folder.path
 
+    @property
+    def can_return(self) -> bool:
+        """Whether another process can go on where this one ends."""
+        return self.index >= 0 and self.run.lasts and self._memory.lasting
+
     def close(self, failure: SplitLearningError | str = "") -> None:
         """Ends the membership; tells the server of a failure."""
         self._connection.close(str(failure))

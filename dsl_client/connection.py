@@ -64,12 +64,14 @@ class Connection:
         self._received = 0  # of this client's batches, when it last joined
         self._fruitless, self._got_through_at = 0, 0.0  # times that it came back since anything got through
         self._patience = 0.0
-        self._returning = threading.Lock()
+        self._returning, self._changing = threading.Lock(), threading.Lock()
         self._open()
 
     def join(self, name: str, patience: float, takeover: bool = False) -> pb.Welcome:
         """Waits up to `patience` seconds for the server. Raises RefusedError or ClosedError."""
         self._name, self._patience = name, patience
+        if self.memory.run_id:  # it is in the middle of a run, whose server may be about to come back
+            return self._join_again(takeover)
         return self._join(takeover)
 
     def goes_on(self, run: Run, method: Method) -> None:
@@ -94,7 +96,7 @@ class Connection:
                 self._join_again()
             return self._received
 
-    def _join_again(self) -> None:
+    def _join_again(self, takeover: bool = False) -> pb.Welcome:
         """Within the patience; a little later each time, and no two clients at the same time."""
         end, pause = time.monotonic() + self._patience, 0.1
         while True:
@@ -102,8 +104,7 @@ class Connection:
                 if own := self._credentials:  # they may have been renewed meanwhile
                     self._credentials = tls.Credentials.read(own.folder, own.end)
                     self._open()
-                self._join(takeover=False)
-                return
+                return self._join(takeover)
             except RefusedError:
                 raise
             except (ClosedError, ConfigError):  # certificates that are just being renewed, too
@@ -139,9 +140,10 @@ class Connection:
         memory.belongs_to(welcome.run_id)
         if welcome.received > self._received:
             self._got_through()
-        self._over, self._membership = None, membership
-        self.session, self._client, self._received = welcome.session, welcome.client, welcome.received
-        self.generation += 1
+        with self._changing:
+            self._over, self._membership = None, membership
+            self.session, self._client, self._received = welcome.session, welcome.client, welcome.received
+            self.generation += 1
         if self._delivery:
             self._delivery.resume(welcome.received)
         watch = threading.Thread(
@@ -308,8 +310,8 @@ class Connection:
         try:
             for told_ in membership:
                 durable = rpc.judged(told_).durable
-                self.memory.throw_away(durable.sequence)
-                self._got_through()
+                if self.memory.throw_away(durable.sequence):  # each membership begins with one
+                    self._got_through()
             over: SplitLearningError = ClosedError("the server ended this client's membership")
         except grpc.RpcError as error:
             over = told(error)
@@ -317,9 +319,10 @@ class Connection:
             over = error
         except OSError as error:
             over = RefusedError(f"this client cannot write its --state: {error.strerror}")
-        if self._leaving or generation != self.generation:
-            return
-        self._over = over
+        with self._changing:
+            if self._leaving or generation != self.generation:
+                return
+            self._over = over
         for segment in list(self._segments):
             segment.fail(over)
         if self._examination:

@@ -39,7 +39,8 @@ class Line(Protocol):
         ...
 
     def come_back(self, error: SplitLearningError, generation: int) -> int:
-        """After this failure in a membership begins the next one. Raises what cannot be mended."""
+        """After this failure in a membership: begins the next one, unless somebody has, and says so by
+        `Delivery.resume`. Raises what cannot be mended."""
         ...
 
 

@@ -75,16 +75,18 @@ class Memory:
         self._spool = Spool(limit, folder, self.durable, self._on_damage)
         return self._spool
 
-    def throw_away(self, sequence: int) -> None:
-        """What no checkpoint of the server can ask for: batches up to this one, and states before it."""
+    def throw_away(self, sequence: int) -> bool:
+        """What no checkpoint of the server can ask for: batches up to this one, and states before it; whether
+        that is news."""
         with self._lock:
             if sequence <= self.durable:
-                return
+                return False
             self.durable = sequence
             self._write()  # first: a join must not promise what is gone
             if self._spool:
                 self._spool.trim(sequence)
             self._drop([n for n, snapshot in self._snapshots.items() if self._is_past(n, snapshot)])
+            return True
 
     def keep(self, snapshot: Snapshot, goes_back: bool) -> None:
         """The newest state. Of those before it waypoints stay, if the client may have to go back, until they

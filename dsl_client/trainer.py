@@ -1,7 +1,8 @@
 """The client's training loop: epochs of batches, where parts meet, and what is scored when."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -79,6 +80,7 @@ class Trainer:
         self._epochs = self._batch = 0  # that were trained, and batches of the next epoch
         self._total: Tensor | None = None  # the client's own loss, summed over them
         self._averaged = 0  # epochs that the last average was of
+        self._turn = -1  # the epoch of the last turn that was taken
         self._once: int | None = None  # the last number before what is sent when all epochs are over
         self._kept_at = time.monotonic()
 
@@ -115,7 +117,7 @@ class Trainer:
         """From where it is. All that comes after its batches may be done again, and then changes nothing."""
         last = epoch == self._run.epochs - 1
         self._connection.check_open()  # where nothing is sent yet, nothing else would tell
-        if self._batch == 0:
+        if self._turn != epoch:
             self._take_turn(epoch)
         with self._clock("train"):
             self._epoch(epoch, data, on_step)
@@ -220,6 +222,7 @@ class Trainer:
             "epochs": self._epochs,
             "batch": self._batch,
             "averaged": self._averaged,
+            "turn": self._turn,
             "pace": self.pace.state() if self.pace else {},
         }
         self._memory.keep(Snapshot(self.sequence, tensors, facts, waypoint), self._method.goes_back)
@@ -243,7 +246,7 @@ class Trainer:
     def _load(self, snapshot: Snapshot) -> None:
         facts, tensors = snapshot.facts, dict(snapshot.tensors)
         self._epochs, self._batch, self._averaged = facts["epochs"], facts["batch"], facts["averaged"]
-        self.sequence = snapshot.sequence
+        self.sequence, self._turn = snapshot.sequence, facts["turn"]
         torch.set_rng_state(tensors.pop("chance"))
         total = tensors.pop("total", None)
         self._total = None if total is None else total.to(next(self._part.bottom.parameters()).device)
@@ -255,9 +258,7 @@ class Trainer:
         examination = self._connection.evaluation(epoch, self.sequence, self._spec, self._run.outbox)
         joined, alone = _Tally(), _Tally()
         part = self._part
-        for module in part.modules.values():
-            module.eval()
-        with torch.no_grad():
+        with _evaluating(part), torch.no_grad():
             for x, y in test.epoch(0):
                 z = part.bottom(x)
                 if self._method.tail is Tail.NONE:
@@ -268,8 +269,6 @@ class Trainer:
                     joined.add(self._tail(z), y)
                 if part.head is not None:
                     alone.add(part.head(z), y)
-        for module in part.modules.values():
-            module.train()
         closing = pb.ClientScore(
             head_correct=None if part.head is None else alone.correct,
             train_loss=None if loss is None else float(loss),
@@ -310,11 +309,25 @@ class Trainer:
         if self._run.sync == "relay":
             expected = specs(state_of(self._part))
             load_state(self._part, self._connection.sync(pb.SYNC_PURPOSE_TAKE_TURN, epoch, {}, 0, expected))
+            self._turn = epoch
+            self._keep(waypoint=True)  # a turn that is over cannot be taken again
 
     def _end_turn(self, epoch: int) -> None:
         if self._run.sync == "relay":
             self._connection.settle()  # the server, too, is to train on one client after the other
             self._connection.sync(pb.SYNC_PURPOSE_END_TURN, epoch, state_of(self._part), 0, {})
+
+
+@contextmanager
+def _evaluating(part: ClientPart) -> Iterator[None]:
+    """Within it statistics are used as they are, and do not change."""
+    for module in part.modules.values():
+        module.eval()
+    try:
+        yield
+    finally:  # it may fail, and training go on
+        for module in part.modules.values():
+            module.train()
 
 
 class _Tally:

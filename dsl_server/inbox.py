@@ -159,6 +159,7 @@ class Inbox:
     ) -> None:
         self._can_spare, self._in_step, self._on_epoch_end = can_spare, in_step, on_epoch_end
         self._save_due = False
+        self._owed: int | None = None  # who is to send once more what the tick goes on with
         self._astray: set[int] = set()  # those whose batch that was served last is no waypoint
         self._lanes: list[deque[Item]] = [deque() for _ in range(clients)]
         self._tick: deque[Work] = deque()  # taken from the lanes, not yet served
@@ -207,6 +208,14 @@ class Inbox:
             lane.append(item)
             self._changed.notify_all()
 
+    def owe(self, client: int) -> None:
+        """What was given last of this client could not be learned from, for it went away: it may come back
+        with it. In fixed order nothing is served before that."""
+        with self._changed:
+            self._astray.add(client)
+            if self._fixed_order:
+                self._owed = client
+
     def leave(self, client: int) -> None:
         """The client has nothing more to send; what it sent is still served."""
         with self._changed:
@@ -249,6 +258,7 @@ class Inbox:
 
     def _next(self) -> Work | None:
         with self._changed:
+            self._wait_for_owed()
             while not self._tick:
                 if self._can_save():
                     self._save_due, self._served = False, Save()
@@ -268,6 +278,17 @@ class Inbox:
                 if isinstance(job, Job):
                     (self._astray.discard if job.waypoint else self._astray.add)(job.client)
             return self._served
+
+    def _wait_for_owed(self) -> None:
+        """Until it is there, and next in the tick; or will not come any more."""
+        if (client := self._owed) is None:
+            return
+        lane, self._owed = self._lanes[client], None
+        self._changed.wait_for(lambda: self._closed or client not in self._members or lane)
+        if lane and isinstance(job := lane[0], Job):
+            lane.popleft()
+            self._tick.appendleft([job])
+            self._changed.notify_all()
 
     def _wait(self) -> None:
         """Until there is something to take: a whole tick, or what is there of it when its time is up."""

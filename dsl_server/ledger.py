@@ -69,11 +69,13 @@ class Account:
     sessions: int = 0
     session: str = ""
     present: bool = False
+    lineage: set[str] = field(default_factory=set)  # sessions of the process that is here, or was last
     received: Mark = field(default_factory=Mark)
     applied: Mark = field(default_factory=Mark)
     latest: int | None = None  # the digest of the batch received last
     laid: int = 0  # the number up to which all that was received lies in its lane
     left: bool = False
+    heard: bool = True  # that it has left; else it may come and ask
     lost: str = ""  # why it is gone, where the run goes on without it
 
     @property
@@ -129,6 +131,7 @@ class Ledger:
         if known is None:
             return self._added(who)
         if known.left:
+            known.heard = True
             raise RefusedError(f"{known} has left: it has trained to the end")
         if known.lost:
             raise RefusedError(f"the run goes on without it: {known.lost}")
@@ -137,7 +140,7 @@ class Ledger:
                 f"{known} has thrown away its batches up to {who.durable}, and the server has them up to "
                 f"{known.applied.sequence} only: this checkpoint is too old; resume from the newest one"
             )
-        if who.session and known.session and who.session != known.session:
+        if who.session and known.session and who.session not in known.lineage:
             raise RefusedError(f"another process has taken the place of {known}")
         if known.present and not (who.session or who.takeover):
             raise TakenError(
@@ -146,6 +149,8 @@ class Ledger:
             )
         known.sessions += 1
         known.session, known.present = secrets.token_hex(16), True
+        # It may not hear of this one, and come back with the one before.
+        known.lineage = known.lineage | {who.session, known.session} if who.session else {known.session}
         return known
 
     def account(self, session: str) -> Account:
@@ -216,6 +221,7 @@ class Ledger:
                     "sessions": account.sessions,
                     "applied": asdict(account.applied),
                     "left": account.left,
+                    "heard": account.heard,
                     "lost": account.lost,
                 }
                 for account in self.accounts
@@ -248,7 +254,7 @@ class Ledger:
                 f"{names}; start the server with --clients {self.places + 1}"
             )
         session = secrets.token_hex(16)
-        account = Account(len(self.accounts), who.name, hashed(who.identity), 1, session, present=True)
+        account = Account(len(self.accounts), who.name, hashed(who.identity), 1, session, True, {session})
         self.accounts.append(account)
         return account
 

@@ -5,7 +5,7 @@ ledger's; here threads wait for it.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,7 @@ class Rounds:
         self.ledger = ledger or Ledger(run.clients)
         self._receiving: dict[int, str] = {}  # client to the session of its open segment
         self._floors: dict[int, int] = {}  # client to the number that it need not keep
+        self._saved = {account.client for account in self.ledger.accounts}  # whose place a checkpoint has
         self._parts: dict[int, tuple[State, int]] = {}  # of the average being made: client to part
         self._average: State = {}
         self._averages_made = 0
@@ -73,9 +74,11 @@ class Rounds:
             self._check_open()
             if self._draining:
                 raise self._draining
-            account = self.ledger.join(who)
+            try:
+                account = self.ledger.join(who)
+            finally:
+                self._changed.notify_all()  # to whom speaks for an earlier session of it
             member = Member(account, account.session)
-            self._changed.notify_all()  # to whom speaks for an earlier session of it
             if idle:
                 self._changed.wait_for(lambda: self._over(member) or account.client not in self._receiving)
                 self._check_open(member)
@@ -98,8 +101,20 @@ class Rounds:
     def leave(self, member: Member) -> None:
         """The member has done all that it was to do."""
         with self._changed:
-            member.account.left = True
+            member.account.left, member.account.heard = True, not member.account.identity
             self._changed.notify_all()
+
+    def heard(self, member: Member) -> None:
+        """The member is being told that it has left: it need not ask again."""
+        with self._changed:
+            member.account.heard = True
+            self._changed.notify_all()
+
+    def wait_until_heard(self, timeout: float) -> None:
+        """Once the run is finished: until all who have left know it."""
+        with self._changed:
+            if self._finished():
+                self._changed.wait_for(lambda: all(a.heard for a in self.ledger.accounts), timeout)
 
     def away(self, member: Member) -> bool:
         """The member's connection has gone; whether that is news, and it may come back by another."""
@@ -155,11 +170,18 @@ class Rounds:
         self._wait_for(lambda: member.account.left or floor() > known, member)
         return None if member.account.left else floor()
 
-    def keep_from(self, floors: dict[int, int]) -> None:
-        """Of each client, the number up to which every checkpoint that is kept has its batches."""
+    def keep_from(self, floors: dict[int, int], places: Collection[int]) -> None:
+        """Of each client, the number up to which every checkpoint that is kept has its batches. places: the
+        clients whose place is in the newest."""
         with self._changed:
             self._floors = floors
+            self._saved |= set(places)
             self._changed.notify_all()
+
+    def is_saved(self, member: Member) -> bool:
+        """Whether the member has its place also when the server starts anew."""
+        with self._changed:
+            return member.client in self._saved
 
     def wait_until_finished(self, timeout: float | None = None) -> bool:
         """Whether every place was taken and all have gone. Raises the reason if the run ends before."""

@@ -53,6 +53,7 @@ from dsl_server.shelf import DiskShelf
 from dsl_server.trainer import Trainer
 
 _CALLS_OF_A_CLIENT = 4  # Join, a segment, the one before it that awaits its receipt, and one more
+LINGER_S = 10.0  # for clients that may not have heard that they have left, to ask again
 _SPARE_CALLS = 8  # of a connection: health, reflection, clients that are one too many
 
 
@@ -119,6 +120,7 @@ class Server:
             in_turn,
             on_applied=self._learned,
             save=self._saver.take,
+            on_gone=self.inbox.owe if run.lasts else lambda _: None,
         )
         self._failure: SplitLearningError | None = None
         self._thread = threading.Thread(target=self._train, name="trainer", daemon=True)
@@ -154,6 +156,7 @@ class Server:
             self._saver.start([Saved(saved.number, {}, saved.facts) for saved in kept])
         self._thread.start()
         self._grpc.start()
+        self._service.expect_back()
         self._health.set("", health_pb2.HealthCheckResponse.SERVING)
 
     def drain(self, reason: StaleError, grace: float) -> None:
@@ -187,6 +190,7 @@ class Server:
 
     def stop(self, reason: ClosedError) -> None:
         """Ends the run, if it has not ended, and tells every client why."""
+        self.rounds.wait_until_heard(LINGER_S)
         self._health.enter_graceful_shutdown()
         self.rounds.close(reason)
         self._saver.close(reason)
@@ -259,7 +263,8 @@ class Server:
     def _saved(self, kept: Sequence[Mapping[str, Any]]) -> None:
         """A checkpoint is on disk; these are kept, the oldest first."""
         ledgers = [facts["rounds"]["ledger"]["accounts"] for facts in kept]
-        self.rounds.keep_from({account["client"]: account["applied"]["sequence"] for account in ledgers[0]})
+        floors = {account["client"]: account["applied"]["sequence"] for account in ledgers[0]}
+        self.rounds.keep_from(floors, [account["client"] for account in ledgers[-1]])
         applied = ", ".join(
             f"client {a['client']} up to batch {a['applied']['sequence']}" for a in ledgers[-1]
         )

@@ -87,7 +87,6 @@ class Service:
         self._audit, self._guard, self._saver = audit, guard, saver
         self._last: dict[int, Job] = {}  # client to what it sent last, where it may have to be told once more
         self._contexts: dict[str, Context] = {}  # session to the call of its open segment
-        self._placed = set[int]()  # clients whose place is in a checkpoint
         self._kept_bytes = Counter[int]()  # by client: received since a checkpoint was last asked for
 
     def state(self) -> tuple[State, dict[str, Any]]:
@@ -106,7 +105,6 @@ class Service:
         return tensors, facts
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        self._placed = {account.client for account in self._rounds.members()}
         for client, known in facts.items():
             nothing = torch.empty(0)
             batch = Arrived(nothing, nothing, known["sequence"], Parcel(fp32(), Encoded((0,), [nothing])))
@@ -129,11 +127,10 @@ class Service:
         self._inbox.join(member.client)
         if not context.add_callback(lambda: self._left_alone(member, peer)):
             self._left_alone(member, peer)  # it has gone already
-        # What it is told of its place must hold when the server starts anew. Once is enough; and a checkpoint
-        # may have to wait for batches of who comes back.
-        if member.client not in self._placed:
+        if not self._rounds.is_saved(member):
+            # What it is told of its place must hold when the server starts anew. Only then: a checkpoint may
+            # have to wait until a client that comes back has sent some more.
             self._saver.commit()
-            self._placed.add(member.client)
         welcome = pb.Welcome(
             version=VERSION,
             run=self._run.to_json(),
@@ -189,7 +186,15 @@ class Service:
                 self._lost(member, peer)
             return
         self._audit("away", peer, member.name)
+        self._lease(member, peer)
 
+    def expect_back(self) -> None:
+        """After a restart: who had a place may come back, for a while."""
+        for account in self._rounds.members():
+            if not account.gone:
+                self._lease(Member(account, account.session), "")
+
+    def _lease(self, member: Member, peer: str) -> None:
         def lapse() -> None:
             if not member.account.present and member.account.session == member.session:
                 self._lost(member, peer, f"did not come back within {self._run.lease:g} s")
@@ -314,6 +319,8 @@ class Service:
         self._rounds.leave(member)
         self._saver.commit()
         self._inbox.leave(member.client)
+        if context.is_active():
+            self._rounds.heard(member)
         return pb.LeaveResponse()
 
     def _through_tail(

@@ -22,7 +22,8 @@ class Trainer:
     """Steps on groups and does errands, one after the other, as the inbox gives them.
 
     in_rounds: what is held is learned from again at their ends, not in between. on_applied: told of each
-    batch that has been learned from. save: makes a checkpoint of what is so now.
+    batch that has been learned from. save: makes a checkpoint of what is so now. on_gone: told of each client
+    that went away while its batch was being learned from.
     """
 
     def __init__(
@@ -33,9 +34,11 @@ class Trainer:
         in_rounds: bool = False,
         on_applied: Callable[[Job], None] = lambda _: None,
         save: Callable[[], None] = lambda: None,
+        on_gone: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._hosting, self._device, self._clock = hosting, device, clock
         self._replays, self._on_applied, self._save = not in_rounds, on_applied, save
+        self._on_gone = on_gone
 
     def train(self, inbox: Inbox, on_trained: OnTrained) -> None:
         """Until the inbox ends. Raises StepError, after telling who waits, when a step fails."""
@@ -45,6 +48,8 @@ class Trainer:
             try:
                 self._do(work, on_trained)
             except ClosedError as gone:  # a client, while its batch was with it
+                for job in answered(work):
+                    self._on_gone(job.client)
                 _tell(work, gone)
             except Exception as error:
                 failure = _failure(work, error)

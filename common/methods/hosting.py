@@ -76,10 +76,10 @@ class Hosting:
         """
         index = group[0].client if self._method.copies else 0
         progress = sum(batch.progress for batch in group) / len(group)
-        self._samples[index] += sum(len(batch.z) for batch in group)
         seen = [replace(batch, through_tail=partial(self._through_tail, batch)) for batch in group]
         rule = partial(self._method.server_step, self.parts[index], seen)
         answer = self._attempt(progress, rule, index, group)
+        self._samples[index] += sum(len(batch.z) for batch in group)
         if self._replay is not None and not answer.skipped:
             for batch in group:
                 self._replay.keep(batch)

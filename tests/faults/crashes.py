@@ -3,7 +3,8 @@
 import json
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,21 @@ from typing import Any
 import torch
 
 from common.checkpoint import Checkpoints
-from common.errors import ClosedError, StaleError
+from common.errors import ClosedError, ConfigError, StaleError
 from common.meter import Clock, Traffic
 from common.methods import build_method, settled
-from common.methods.base import ClientPart
-from common.nets.cut import build
-from common.parts import client_part, state_of
+from common.methods.base import ClientPart, Tail
+from common.parts import state_of
 from common.run import Run
 from common.rundir import RunFolder
-from dsl_client.client import measurements
+from common.tls import Credentials
 from dsl_client.connection import Connection
 from dsl_client.memory import Memory
-from dsl_client.trainer import Trainer
+from dsl_server.ledger import Ledger
 from dsl_server.server import Server
-from tests.federation import CPU, Batches, spec_of
+from tests.faults.proxy import Proxy
+from tests.federation import CPU, Batches, train
+from tests.threads import in_thread
 
 Disturb = Callable[["Life"], None]
 
@@ -37,6 +39,8 @@ class Life:
     folder: Path
     server: Server | None = None
     port: int = 0
+    proxy: Proxy | None = None  # by which clients come, if they do
+    credentials: Credentials | None = None
     troubles: list[str] = field(default_factory=list)
 
     def start(self, resume: bool = False) -> Server:
@@ -46,10 +50,18 @@ class Life:
         while True:
             try:
                 self.server = Server(
-                    self.run, listen, CPU, out, on_trouble=self.troubles.append, resume=resume
+                    self.run,
+                    listen,
+                    CPU,
+                    out,
+                    credentials=self.credentials,
+                    on_trouble=self.troubles.append,
+                    resume=resume,
                 )
                 break
-            except Exception:
+            except ConfigError as error:
+                if "bound" not in str(error):
+                    raise
                 if time.monotonic() > end:  # the port is free again a moment after
                     raise
                 time.sleep(0.05)
@@ -57,7 +69,17 @@ class Life:
         self.server.start()
         return self.server
 
-    def crash(self) -> None:
+    @property
+    def door(self) -> int:
+        """The port that clients come to."""
+        return self.proxy.port if self.proxy else self.port
+
+    @property
+    def ledger(self) -> Ledger:
+        assert self.server
+        return self.server.rounds.ledger
+
+    def crash(self, on_dead: Callable[[], None] = lambda: None) -> None:
         """Its calls are cut, and nothing of what it knew is written."""
         assert self.server
         server, self.server = self.server, None
@@ -65,6 +87,7 @@ class Life:
         server._grpc.stop(grace=None).wait()
         server.rounds.close(ClosedError("crashed"))
         server.inbox.close(ClosedError("crashed"))
+        on_dead()
         server._thread.join(10)
         server.sockets.close()
 
@@ -90,8 +113,9 @@ class Outcome:
 
     def same_as(self, other: "Outcome") -> bool:
         """Bit for bit, at both ends."""
-        mine = [state_of(part) for part in (*self.parts, *self.server.hosting.parts)]
-        theirs = [state_of(part) for part in (*other.parts, *other.server.hosting.parts)]
+        mine, theirs = (
+            [*map(state_of, end.parts), *map(state_of, end.server.hosting.parts)] for end in (self, other)
+        )
         return all(
             list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
             for a, b in zip(mine, theirs, strict=True)
@@ -99,23 +123,32 @@ class Outcome:
 
 
 def live(
-    run: Run, folder: Path, data: Sequence[Batches], disturb: Disturb = lambda _: None, names: str = "client"
+    run: Run,
+    folder: Path,
+    data: Sequence[Batches],
+    disturb: Disturb = lambda _: None,
+    names: str = "client",
+    proxied: bool = False,
 ) -> Outcome:
     """A whole federation, disturbed meanwhile; clients in threads, which outlive their server."""
     run = settled(run)
     life = Life(run, folder)
     life.start()
     test = Batches(run, seed=99, samples=20)
-    with ThreadPoolExecutor(len(data) + 1) as pool:
+    with ExitStack() as stack:
+        if proxied:
+            life.proxy = stack.enter_context(Proxy(life.port))
+        pool = stack.enter_context(ThreadPoolExecutor(len(data) + 1))
         joined = []
         for index in range(len(data)):
-            connection = Connection(f"127.0.0.1:{life.port}", Traffic(), Clock(), memory=Memory())
+            connection = Connection(f"127.0.0.1:{life.door}", Traffic(), Clock(), memory=Memory())
             joined.append((connection, connection.join(f"{names}-{index}", patience=30).client))
         parts = [
-            pool.submit(_train, run, connection, index, data[index], test) for connection, index in joined
+            pool.submit(train, run, connection, index, data[index], test) for connection, index in joined
         ]
         disturbed = pool.submit(disturb, life)
-        done, _ = wait([*parts, disturbed], 60, FIRST_EXCEPTION)
+        everything: list[Future[Any]] = [*parts, disturbed]
+        done, _ = wait(everything, 60, FIRST_EXCEPTION)
         for future in done:
             future.result()  # raises what went wrong first
         trained = [part.result(timeout=0) for part in parts]
@@ -128,16 +161,24 @@ def live(
     return Outcome(trained, life.server, summary, newest(folder)["rounds"]["ledger"])
 
 
-def _train(run: Run, connection: Connection, client: int, data: Batches, test: Batches) -> ClientPart:
-    method, clock = build_method(run), Clock()
-    part = client_part(run, method, build(run), CPU)
-    try:
-        Trainer(run, client, method, part, connection, spec_of(run), clock).train(data, test)
-        connection.leave(measurements(clock, CPU))
-    except BaseException as error:
-        connection.close(str(error) or type(error).__name__)
-        raise
-    return part
+def comes(
+    life: Life,
+    data: Batches,
+    memory: Memory,
+    name: str = "ann",
+    patience: float = 30.0,
+    takeover: bool = False,
+    credentials: Credentials | None = None,
+) -> tuple[Connection, Future[ClientPart]]:
+    """A client in a thread of its own, from its Join to its goodbye, or to what ends it."""
+    target = f"127.0.0.1:{life.door}"
+    connection = Connection(target, Traffic(), Clock(), credentials, memory)
+
+    def whole() -> ClientPart:
+        client = connection.join(name, patience, takeover).client
+        return train(life.run, connection, client, data, Batches(life.run, seed=99, samples=20))
+
+    return connection, in_thread(whole)
 
 
 def newest(folder: Path) -> dict[str, Any]:
@@ -157,6 +198,8 @@ def check_exact(outcome: Outcome, run: Run, data: Sequence[Batches], sent: Calla
         assert account["applied"]["sequence"] == sent(account["client"])
         assert account["left"]
     planned = sum(account["applied"]["samples"] for account in accounts)
+    if build_method(run).tail is Tail.ALL:  # which numbers no batches
+        planned = run.epochs * sum(share.samples for share in data)
     assert outcome.summary["samples_trained"] == planned
     lines = (outcome.server._folder.path / "metrics.jsonl").read_text().splitlines()
     epochs = [json.loads(line)["epoch"] for line in lines]

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from dsl_client.connection import Connection
 from dsl_client.stream import Stretch
 from dsl_lab.launch import program
 from dsl_server.server import Server
+from tests.faults.crashes import Life, live
 from tests.faults.proxy import Direction, Proxy
+from tests.faults.test_a_crash import SETTINGS, check, lasting, shares
 from tests.federation import CPU, Batches, connect, serving, small_run, spec_of, train
 from tests.ordinary import DEADLINE_S, member, smashed
 from tests.test_hangs import ended, step_of, told, waiting_for
@@ -87,6 +90,31 @@ def test_b5_a_cut_at_any_byte_ends_both_ends_with_the_reason(
             assert "went away" in str(error), offset
             assert "client 0 (ann) went away" in str(ended(server)), offset
             connection.close()
+
+
+@pytest.mark.parametrize("name", ["dsl-average", "csl"])
+@pytest.mark.parametrize("way", ["up", "down"])
+def test_b5_in_a_run_that_lasts_cuts_at_any_byte_change_nothing(
+    way: Direction, name: str, tmp_path: Path
+) -> None:
+    offsets = random.Random(0).sample(range(1, 60_000 if way == "up" else 4_000), 5)
+
+    def disturb(life: Life) -> None:
+        assert life.proxy
+        for offset in offsets:
+            before = life.proxy.accepted
+            life.proxy.cut(offset, way, reset=offset % 2 == 0)
+            life.proxy.reset_all()
+            wait_for(partial(come_again, life, before))
+
+    run = lasting(**SETTINGS[name])
+    check(live(run, tmp_path, shares(run), disturb, proxied=True), name)
+
+
+def come_again(life: Life, before: int) -> bool:
+    """Whether a client has connected since then, or all have done what they were to do."""
+    assert life.proxy
+    return life.proxy.accepted > before or all(account.left for account in life.ledger.accounts)
 
 
 @pytest.mark.parametrize("way", ["up", "down"])
