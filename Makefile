@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint stubs soak bench-accuracy bench-codecs bench-durability bench-link bench-methods bench-overlap bench-traffic bench-wire clean fuzz
+.PHONY: demo test test-slow lint stubs soak bench-accuracy bench-codecs bench-durability bench-link bench-methods bench-overlap bench-traffic bench-wire clean fuzz
 
 demo: $(VENV)/ready
 	$(BIN)/dsl demo
 
 test: $(VENV)/ready lint
 	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/ready
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

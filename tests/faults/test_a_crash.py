@@ -127,7 +127,7 @@ def test_a1_a_server_that_dies_twice_in_a_run_leaves_no_trace_in_it(name: str, t
 
 
 @pytest.mark.parametrize("name", ["dsl-average", "csl", "ushape", "splitfed-v1"])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
 def test_a2_a_server_that_dies_at_random_instants(name: str, seed: int, tmp_path: Path) -> None:
     def disturb(life: Life) -> None:
         dice = random.Random(seed)

@@ -20,7 +20,7 @@ from common.checkpoint import Checkpoints
 from common.errors import ConfigError
 from dsl_lab.launch import program
 
-pytestmark = pytest.mark.timeout(240)  # most of it is torch's import, by each process
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]  # most of it is torch's import, by each process
 
 SAMPLES, EPOCHS = 240, 3
 RUN = [
