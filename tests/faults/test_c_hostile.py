@@ -556,6 +556,39 @@ STRANGE_NAMES = {
 }
 
 
+@pytest.mark.parametrize("damage", ["a bit of the activations", "a label", "no digest"])
+@pytest.mark.parametrize("method", ["dsl", "csl"])
+def test_c11_a_batch_of_other_bytes_than_were_sent_is_data_loss_and_may_be_sent_again(
+    method: str, damage: str, tmp_path: Path
+) -> None:
+    run = small_run(method=method, checkpoint_every=60.0)
+    with serving(run, tmp_path) as server, member(server) as client:
+
+        def send(*messages: Any) -> None:
+            if method == "csl":
+                list(client.stub.Train(iter(messages), timeout=DEADLINE_S))
+            else:
+                client.stub.StreamActivations(iter(messages), timeout=DEADLINE_S)
+
+        kind = pb.TrainRequest if method == "csl" else pb.StreamActivationsRequest
+        opening, frame = client.segment(kind, [smashed(run)])
+        frame.batch.digest = zlib.crc32(frame.data)
+        damaged = kind()
+        damaged.CopyFrom(frame)
+        if damage == "no digest":
+            damaged.batch.ClearField("digest")
+        else:
+            data = bytearray(frame.data)
+            data[0 if damage == "a bit of the activations" else -1] ^= 1
+            damaged.data = bytes(data)
+        with refused(grpc.StatusCode.DATA_LOSS, "batch 1", "other bytes"):
+            send(opening, damaged)
+        assert server.record.samples_trained == 0
+        assert server.rounds.members()[0].received.sequence == 0
+        send(opening, frame)
+        wait_for(lambda: server.record.samples_trained == run.batch_size)
+
+
 @pytest.mark.parametrize("name", STRANGE_NAMES.values(), ids=STRANGE_NAMES)
 def test_c12_a_client_must_have_a_decent_name(name: str, dsl: Site) -> None:
     request = pb.JoinRequest(oldest_version=1, newest_version=1, name=name)
