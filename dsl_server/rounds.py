@@ -226,10 +226,10 @@ class Rounds:
             self._check_open(member)
             return self.ledger.receive(member.account, member.session, sequence, samples, digest, last)
 
-    def laid(self, member: Member, mark: Mark) -> None:
-        """The batch lies in the member's lane: what comes now comes after it."""
+    def laid(self, client: int, mark: Mark) -> None:
+        """The batch lies in the client's lane: what comes now comes after it."""
         with self._changed:
-            member.account.laid = mark.sequence
+            self.ledger.accounts[client].laid = mark.sequence
             self._changed.notify_all()
 
     def give_back(self, client: int) -> None:

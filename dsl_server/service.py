@@ -3,9 +3,10 @@
 import math
 import re
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from typing import Any, NoReturn
 
@@ -206,10 +207,8 @@ class Service:
     def StreamActivations(self, requests: Pieces, context: Context) -> pb.StreamActivationsResponse:
         if not self._method.one_way:
             raise RefusedError(f"{self._method.name} answers batches; send them by Train")
-        job, fresh = None, True
-        for job, fresh in self._batches(requests, context):
-            if fresh:
-                self._lay(job)
+        latest = deque(self._batches(requests, context), maxlen=1)
+        job, fresh = latest.pop() if latest else (None, True)
         if job and not fresh:  # it came before, and lies in its lane yet
             self._rounds.wait_until_applied(job.client, job.sequence)
             return pb.StreamActivationsResponse(applied=job.sequence)
@@ -220,8 +219,6 @@ class Service:
             raise RefusedError(f"{self._method.name} answers nothing; send by StreamActivations")
         job = None
         for job, fresh in self._batches(requests, context):
-            if fresh:
-                self._lay(job)
             if self._method.tail is Tail.LAST:
                 yield from self._through_tail(job, requests, context.peer(), fresh)
             if job.wanted:
@@ -353,8 +350,8 @@ class Service:
         finally:
             late.cancel()
             tail.fail(ClosedError(f"client {job.client} gave no gradient for batch {job.sequence}"))
-            if fresh and job.answer.exception() is not None:
-                self._rounds.give_back(job.client)
+            if fresh:
+                job.answer.exception()  # until the trainer knows: only then may its client come back
 
     def _give_up_on(self, client: int, peer: str) -> None:
         late = f"kept the others waiting for more than {self._run.round_timeout:g} s: raise --round-timeout"
@@ -420,11 +417,12 @@ class Service:
                 raise _miscounted(member, segment, place - segment.place, samples)
             mark = self._rounds.receive(member, sequence, size, digest, last)
             if batch is not None:
-                yield self._job(member, batch, mark, segment, place - 1)
-            if mark is not None:
-                if last:
-                    self._inbox.put(EpochEnd(member.client, mark))
-                self._rounds.laid(member, mark)
+                job, fresh = self._job(member, batch, mark, segment, place - 1)
+                if fresh:
+                    self._lay(job, last)
+                yield job, fresh  # its call may end here
+            elif mark is not None:
+                self._laid(member.client, mark, last)
         if place < end:
             raise _miscounted(member, segment, place - segment.place, samples)
 
@@ -447,8 +445,11 @@ class Service:
         )
         return job, mark is not None
 
-    def _lay(self, job: Job) -> None:
-        """Into its client's lane, whatever becomes of its call meanwhile: it counts as received."""
+    def _lay(self, job: Job, last: bool) -> None:
+        """Into its client's lane, whatever becomes of its call meanwhile: it counts as received.
+
+        last: of its epoch.
+        """
         if self._run.lasts:
             if self._method.goes_back:
                 self._last[job.client] = job
@@ -456,7 +457,25 @@ class Service:
             if self._kept_bytes[job.client] > self._run.spool_bytes / (2 * self._run.checkpoints):
                 self._kept_bytes.clear()  # its client's spool must not fill before the next checkpoint
                 self._saver.request()
-        self._inbox.put(job)
+        if self._method.tail is Tail.LAST:  # it counts only when its gradient has come
+            job.answer.add_done_callback(partial(self._through, job, last))
+            self._inbox.put(job)
+        else:
+            self._inbox.put(job)
+            self._laid(job.client, job.mark, last)
+
+    def _laid(self, client: int, mark: Mark, last: bool) -> None:
+        if last:
+            self._inbox.put(EpochEnd(client, mark))
+        self._rounds.laid(client, mark)
+
+    def _through(self, job: Job, last: bool, answer: Future[Trained]) -> None:
+        """By the trainer: a batch has been through its client's last layers, or could not."""
+        with suppress(ClosedError):  # of the run: there is nothing to wait for any more
+            if answer.exception() is None:
+                self._laid(job.client, job.mark, last)
+            else:
+                self._rounds.give_back(job.client)
 
     def _errand(self, member: Member, what: str, do: Callable[..., Any], **given: Any) -> Future[Any]:
         """What a method of the hosting gives for this, in the member's turn."""

@@ -38,7 +38,7 @@ def receive(rounds: Rounds, member: Member, sequence: int) -> None:
     """One sample comes, and lies in its lane."""
     mark = rounds.receive(member, sequence, 1, digest=sequence, last=False)
     assert mark is not None
-    rounds.laid(member, mark)
+    rounds.laid(member.client, mark)
 
 
 def part(weight: float, batches: int = 0) -> State:
@@ -605,9 +605,9 @@ def test_a_member_is_told_what_it_need_not_keep_as_soon_as_that_is_more() -> Non
     rounds = lasting(2)
     ann = joined(rounds, "ann", identity=ANN)
     waiting = in_thread(rounds.next_durable, ann, 0)
-    rounds.keep_from({0: 0})
+    rounds.keep_from({0: 0}, [0])
     assert waits(waiting)
-    rounds.keep_from({0: 4, 1: 7})
+    rounds.keep_from({0: 4, 1: 7}, [0, 1])
     assert waiting.result(timeout=5) == 4
     waiting = in_thread(rounds.next_durable, ann, 4)
     assert waits(waiting)

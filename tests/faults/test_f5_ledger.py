@@ -374,6 +374,8 @@ class Deliveries(RuleBasedStateMachine):
                 "name": name,
                 "identity": account.identity,
                 "laid": account.laid,
+                "lineage": account.lineage,  # who may come back by it is told by the rules
+                "heard": account.heard,
                 "received": MARKS[name][known["received"]],
                 "applied": MARKS[name][known["applied"]],
             }
