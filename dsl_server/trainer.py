@@ -74,11 +74,11 @@ class Trainer:
         else:
             with self._clock("step"):
                 answer = self._hosting.step([self._received(job) for job in work])
+            _count(sum(len(job.batch.z) for job in work), answer, on_trained)
             gradients = answer.gradients or [None] * len(work)
             for job, gradient in zip(work, gradients, strict=True):
                 self._on_applied(job)
                 job.answer.set_result(Trained(gradient, _loss(answer)))
-            _count(sum(len(job.batch.z) for job in work), answer, on_trained)
 
     def _replay(self, on_trained: OnTrained) -> None:
         with self._clock("step"):

@@ -82,7 +82,6 @@ def test_grpc_is_known_only_where_a_wire_ends() -> None:
     assert knowing == {
         "dsl_client/stream.py",
         "dsl_client/connection.py",
-        "dsl_client/delivery.py",
         "dsl_server/service.py",
         "dsl_server/server.py",
         "dsl_server/gate.py",

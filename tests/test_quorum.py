@@ -148,7 +148,7 @@ def test_a_batch_that_waits_for_its_group_goes_with_its_client(tmp_path: Path) -
 
         def cid_dies() -> None:
             cid = server.rounds.members()[2]
-            wait_for(lambda: cid.laid == 1 and len(server.inbox._lanes[2]) == 1)
+            wait_for(lambda: cid.laid == 2 and len(server.inbox._lanes[2]) == 1)
             gone(us.connections[2])
             wait_for(lambda: cid.lost)
 

@@ -1,6 +1,7 @@
 """What tests of crashes share: a federation whose server dies and starts anew, and what holds at its end."""
 
 import json
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -85,6 +86,9 @@ class Life:
         server, self.server = self.server, None
         server._saver.close(StaleError("crashed"))
         server._grpc.stop(grace=None).wait()
+        for thread in threading.enumerate():  # a dead server writes no more: this one finishes what it began
+            if thread.name.startswith("saver_"):
+                thread.join(10)
         server.rounds.close(ClosedError("crashed"))
         server.inbox.close(ClosedError("crashed"))
         on_dead()
