@@ -49,6 +49,7 @@ def test_d6_a_folder_is_one_process_s(tmp_path: Path) -> None:
     Memory(tmp_path)._held.release()
 
 
+@pytest.mark.slow  # its second process begins at no sure place of the first one's
 @pytest.mark.parametrize("method", ["dsl", "csl"])
 def test_d6_a_copy_of_the_folder_is_refused_unless_it_takes_over(method: str, tmp_path: Path) -> None:
     run = lasting(method=method, sync="relay")
