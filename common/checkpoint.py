@@ -17,12 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from common.disk import replace_file, sync
 from common.errors import ConfigError
 from common.methods.base import Part
 from common.parts import load_state, specs, state_of
 
 _TENSORS, _FACTS = "part.safetensors", "facts.json"
-_CUT = "written only in part"
 
 
 def save(folder: Path, part: Part, facts: dict[str, Any]) -> None:
@@ -31,8 +31,7 @@ def save(folder: Path, part: Part, facts: dict[str, Any]) -> None:
     tensors = {name: tensor.detach().contiguous() for name, tensor in state_of(part).items()}
     save_file(tensors, folder / f".{_TENSORS}.tmp")
     os.replace(folder / f".{_TENSORS}.tmp", folder / _TENSORS)
-    (folder / f".{_FACTS}.tmp").write_text(json.dumps(facts, indent=2) + "\n")
-    os.replace(folder / f".{_FACTS}.tmp", folder / _FACTS)
+    replace_file(folder / _FACTS, json.dumps(facts, indent=2) + "\n")
 
 
 def restore(folder: Path, part: Part) -> dict[str, Any]:
@@ -136,15 +135,6 @@ class Checkpoints:
     def _sync(self, path: Path) -> None:
         if self._on_disk:
             sync(path)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or the entries of a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _save_file(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from common.disk import replace_file
 from common.errors import ConfigError
 from common.run import Run, checked
 
@@ -44,17 +45,13 @@ class RunFolder:
         metrics = self.path / "metrics.jsonl"
         if metrics.exists():
             kept = metrics.read_text().splitlines(keepends=True)[:lines]
-            temporary = self.path / ".metrics.jsonl.tmp"
-            temporary.write_text("".join(kept))
-            os.replace(temporary, metrics)
+            replace_file(metrics, "".join(kept))
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         self._write("summary.json", summary)
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
-        temporary = self.path / f".{name}.tmp"
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(temporary, self.path / name)  # whoever reads sees all of it or nothing
+        replace_file(self.path / name, json.dumps(content, indent=2) + "\n")
 
 
 class Held:

@@ -64,7 +64,7 @@ def _main(arguments: list[str]) -> int:
     failure: SplitLearningError | str = ""
     out = options.out or (options.state and options.state / "out")
     with Progress(PROGRAM) as progress:
-        memory = Memory(options.state, on_damage=progress.log)
+        memory = Memory(options.state, on_trouble=progress.log)
         client = Client(
             options.server, name, cli.device_of(options.device), options.data, credentials, memory
         )

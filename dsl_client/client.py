@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from common import checkpoint
+from common.disk import until_written
 from common.errors import SplitLearningError
 from common.meter import Clock, Traffic, peak_bytes
 from common.methods import build_method
@@ -24,7 +25,7 @@ from dsl_client import data
 from dsl_client.batches import Batches, Indices, limited, partition
 from dsl_client.connection import Connection
 from dsl_client.memory import Memory
-from dsl_client.spool import written
+from dsl_client.spool import told_of
 from dsl_client.trainer import Scored, Step, Trainer
 
 
@@ -74,7 +75,7 @@ class Client:
         train, test = self._batches()
 
         def scored(score: Scored) -> None:
-            written(lambda: folder.add_metrics(asdict(score)), folder.path, on_choice)
+            until_written(lambda: folder.add_metrics(asdict(score)), told_of(folder.path, on_choice))
             on_scored(score)
 
         trainer = Trainer(run, self.index, method, self.part, self._connection, spec, self._clock, on_choice)

@@ -56,7 +56,7 @@ class Connection:
         self._segments: list[Segment] = []
         self._examination: Examination | None = None  # the last one
         self._delivery: Delivery | None = None
-        self._leaving = self._leaving_for_good = self._lasting = False
+        self._leaving = self._closed = self._lasting = False
         self._over: SplitLearningError | None = None
         self._membership: Any = None  # the call
         self._channels: list[grpc.Channel] = []  # the last one is used; closing one under a call is an error
@@ -74,8 +74,8 @@ class Connection:
             return self._join_again(takeover)
         return self._join(takeover)
 
-    def goes_on(self, run: Run, method: Method) -> None:
-        """What is known once the run is: whether it lasts, and so what is kept."""
+    def begin(self, run: Run, method: Method) -> None:
+        """Before anything is sent: whether the run lasts, and so what is kept."""
         self._lasting = run.lasts
         if run.lasts and method.one_way and method.tail is not Tail.ALL:
             spool = self.memory.spool(run.spool_bytes)
@@ -85,7 +85,7 @@ class Connection:
         """Begins the next membership, if this error ended the one of that generation; the number of the last
         batch that the server has. Raises the error where coming back is of no use."""
         with self._returning:
-            if not self._lasting or self._leaving_for_good or not is_passing(error):
+            if not self._lasting or self._closed or not is_passing(error):
                 raise error
             if generation == self.generation:
                 self._fruitless += 1
@@ -250,7 +250,7 @@ class Connection:
                 self._calls[rpc.LEAVE](request, timeout=2)
             except grpc.RpcError:
                 pass  # it has gone, or does not know us: there is no one to tell
-        self._leaving_for_good = True
+        self._closed = True
         reason = ClosedError(failure or "this client has left the run")
         for segment in self._segments:
             segment.fail(reason)

@@ -4,7 +4,6 @@ In memory it outlives its server; in a folder (--state) also its own process, ki
 """
 
 import json
-import os
 import secrets
 import threading
 from collections.abc import Callable
@@ -14,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from common.checkpoint import Checkpoints, Saved
+from common.disk import replace_file, until_written
 from common.errors import ConfigError, RefusedError
 from common.parts import State
 from common.rundir import Held
-from dsl_client.spool import Spool, written
+from dsl_client.spool import Spool, told_of
 
 _KEPT = 2  # snapshots of a client that need not go back: the newest, and one in case that is damaged
 
@@ -33,14 +33,16 @@ class Snapshot:
 
 
 class Memory:
-    """folder: None for the memory of this process. on_damage: told, loudly, of what cannot be
-    read, or not be written for now.
+    """folder: None for the memory of this process. on_trouble: told, loudly, of what cannot be read, or not
+    be written for now.
 
     Raises ConfigError when another process has the folder, or it cannot be written.
     """
 
-    def __init__(self, folder: Path | None = None, on_damage: Callable[[str], None] = lambda _: None) -> None:
-        self._folder, self._on_damage = folder, on_damage
+    def __init__(
+        self, folder: Path | None = None, on_trouble: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self._folder, self._on_trouble = folder, on_trouble
         self.identity, self.run_id, self.durable = secrets.token_hex(16), "", 0
         self._spool: Spool | None = None
         self._snapshots: dict[int, Snapshot] = {}  # by a number that grows; on disk without their tensors
@@ -72,7 +74,7 @@ class Memory:
     def spool(self, limit: int) -> Spool:
         """Raises ConfigError where what was kept cannot be read."""
         folder = self._folder / "spool" if self._folder else None
-        self._spool = Spool(limit, folder, self.durable, self._on_damage)
+        self._spool = Spool(limit, folder, self.durable, self._on_trouble)
         return self._spool
 
     def throw_away(self, sequence: int) -> bool:
@@ -95,7 +97,7 @@ class Memory:
         if self._disk and self._folder:  # unlocked: if the disk is full, others must throw away
             facts = {**snapshot.facts, "sequence": snapshot.sequence, "waypoint": snapshot.waypoint}
             saved = Saved(number, snapshot.tensors, facts)
-            written(partial(self._disk.write, saved), self._folder, self._on_damage)
+            self._until_written(partial(self._disk.write, saved), self._folder)
         with self._lock:
             self._made = number
             before = list(self._snapshots)
@@ -117,7 +119,7 @@ class Memory:
                 try:
                     saved = self._disk.read(number)
                 except ConfigError as error:
-                    self._on_damage(f"{error}; the one before is used")
+                    self._on_trouble(f"{error}; the one before is used")
                     continue
                 return Snapshot(known.sequence, dict(saved.tensors), dict(saved.facts), known.waypoint)
             return None
@@ -138,14 +140,12 @@ class Memory:
 
     def _write(self) -> None:
         if self._folder is not None:
-            written(partial(self._write_in, self._folder), self._folder, self._on_damage)
+            known = {"identity": self.identity, "run_id": self.run_id, "durable": self.durable}
+            file, text = self._folder / "client.json", json.dumps(known) + "\n"
+            self._until_written(partial(replace_file, file, text, 0o600), self._folder)
 
-    def _write_in(self, folder: Path) -> None:
-        content = {"identity": self.identity, "run_id": self.run_id, "durable": self.durable}
-        temporary = folder / ".client.json.tmp"
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            file.write(json.dumps(content) + "\n")
-        os.replace(temporary, folder / "client.json")
+    def _until_written(self, write: Callable[[], None], folder: Path) -> None:
+        until_written(write, told_of(folder, self._on_trouble))
 
     def _recall(self, folder: Path) -> None:
         file = folder / "client.json"
@@ -159,7 +159,7 @@ class Memory:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"--state {folder}: client.json cannot be read: {error}") from error
         assert self._disk is not None
-        for saved in reversed(list(self._disk.newest(self._on_damage))):
+        for saved in reversed(list(self._disk.newest(self._on_trouble))):
             facts = dict(saved.facts)
             self._snapshots[saved.number] = Snapshot(facts["sequence"], {}, facts, facts["waypoint"])
         self._made = max(self._disk.numbers(), default=0)

@@ -9,7 +9,6 @@ import json
 import os
 import struct
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -17,14 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from common.disk import until_written
 from common.errors import ConfigError, SplitLearningError, WireError
 from common.wire import pieces
 from common.wire import split_learning_pb2 as pb
 from common.wire.codec import sealed
 from common.wire.pieces import Piece
 from dsl_client.stream import Stretch
-
-RETRY_S = 2.0  # until a disk that was full is tried again
 
 _LENGTH = struct.Struct("<I")
 
@@ -91,7 +89,8 @@ class Spool:
         before = self._samples_before(stretch, first)
         kept = Frame(stretch, first, last, before, size, whole)
         if self._folder is not None:
-            written(partial(self._write, self._folder, kept, samples), self._folder, self._on_trouble)
+            write = partial(self._write, self._folder, kept, samples)
+            until_written(write, told_of(self._folder, self._on_trouble))
         with self._changed:
             self._changed.wait_for(lambda: self._closed or not self.size or self.size + size <= self._limit)
             if self._closed:
@@ -177,17 +176,13 @@ class Spool:
             self.last, self._samples = frame.last, frame.before + samples
 
 
-def written(write: Callable[[], None], where: Path, on_trouble: Callable[[str], None]) -> None:
-    """Writes as often as it takes: a disk that is full may have room again."""
-    failed = False
-    while True:
-        try:
-            return write()
-        except OSError as error:
-            if not failed:
-                on_trouble(f"{where} cannot be written: {error.strerror or error}; free some space")
-            failed = True
-        time.sleep(RETRY_S)
+def told_of(where: Path, on_trouble: Callable[[str], None]) -> Callable[[str | None], None]:
+    """Says where something cannot be written, or can be again."""
+
+    def tell(trouble: str | None) -> None:
+        on_trouble(f"{where} cannot be written: {trouble}" if trouble else f"{where} can be written again")
+
+    return tell
 
 
 def _contents(frame: list[Piece[Any]]) -> tuple[int, int, int]:

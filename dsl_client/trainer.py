@@ -68,7 +68,7 @@ class Trainer:
         clock: Clock,
         on_choice: Callable[[str], None] = lambda _: None,
     ) -> None:
-        connection.goes_on(run, method)
+        connection.begin(run, method)
         memory = connection.memory
         keeps = run.lasts and (method.goes_back or memory.lasting)
         self._memory: Memory | None = memory if keeps else None  # of its states
@@ -141,8 +141,8 @@ class Trainer:
         """Trains on each batch that is left, once."""
         batches, method = len(data), self._method
         sent = method.sent(epoch, batches)
-        segment = self._segment(epoch, data, sent) if sent and self._batch <= sent[-1] else None
         place = sum(index < self._batch for index in sent)
+        segment = self._segment(epoch, data, sent, place) if place < len(sent) else None
         paced = self.pace.over(segment, place) if self.pace and segment else segment
         for index, (x, y) in enumerate(data.epoch(epoch, self._batch), self._batch):
             rate = learning_rate(self._run, progress_of(self._run, epoch, index, batches))
@@ -158,9 +158,8 @@ class Trainer:
             self._keep(is_waypoint(index, batches), segment)
             shown = segment.server_loss if loss is None and segment else loss
             on_step(Step(epoch, index + 1, batches, len(y), shown))
-        if (
-            self._total is not None and not self._total.isfinite()
-        ):  # read only now: on a GPU that makes the host wait
+        # Read only now: on a GPU that makes the host wait.
+        if self._total is not None and not self._total.isfinite():
             raise StepError(
                 f"the client's loss in epoch {epoch + 1} is not finite; lower --lr, or check the data"
             )
@@ -171,8 +170,7 @@ class Trainer:
         """Sends every batch once, when all epochs are over, and waits until the server has it."""
         if self._once is None:
             self._once = self.sequence
-        every = range(len(data))
-        stretch = Stretch(self._run.epochs - 1, self._once + 1, len(every), data.samples)
+        stretch = Stretch(self._run.epochs - 1, self._once + 1, len(data), data.samples)
         segment = self._connection.segment(stretch, self._spec, self._method, self._run.outbox)
         for x, y in data.plain():
             run_step(step(self._part, x, y), segment)
@@ -180,10 +178,9 @@ class Trainer:
         self.sequence = stretch.last_sequence
         self._connection.settle()
 
-    def _segment(self, epoch: int, data: Batches, sent: range) -> Segment:
-        """For what is left of these batches of the epoch."""
+    def _segment(self, epoch: int, data: Batches, sent: range, place: int) -> Segment:
+        """For what is left of these batches of the epoch, of which so many were sent before."""
         sizes = [data.size(index) for index in sent]
-        place = sum(index < self._batch for index in sent)
         began = self.pace.begin(epoch, sum(sizes)) if self.pace else self._method.first_epoch
         stretch = Stretch(epoch, self.sequence + 1 - place, len(sent), sum(sizes), began)
         before = sum(sizes[:place])

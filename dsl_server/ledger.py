@@ -178,13 +178,13 @@ class Ledger:
         last: of its epoch. Raises StaleError for a session that is over, SequenceError when another number is
         due, ConflictError when the number has been given to other bytes.
         """
-        self.check(account, session)
+        if account.session != session or not account.present:
+            raise StaleError(f"this call is of a membership of {account} that is over")
         due = account.received.sequence + 1
-        if sequence > due or (
-            sequence < due and not account.identity
-        ):  # who cannot come back repeats nothing
+        repeats = sequence < due and account.identity  # who cannot come back repeats nothing
+        if sequence != due and not repeats:
             raise SequenceError(f"{account}: batch {sequence} came, but batch {due} is due", due)
-        if sequence < due:
+        if repeats:
             if self._binding and sequence == due - 1 and account.latest not in (None, digest):
                 raise ConflictError(f"{account}: batch {sequence} came before, with other contents")
             self.duplicates += 1
@@ -192,11 +192,6 @@ class Ledger:
         account.received = account.received.then(samples, digest, last)
         account.latest = digest
         return account.received
-
-    def check(self, account: Account, session: str) -> None:
-        """Raises why this session is over, if it is."""
-        if account.session != session or not account.present:
-            raise StaleError(f"this call is of a membership of {account} that is over")
 
     def give_back(self, account: Account) -> None:
         """What was received and not applied is not to be applied any more: it is due again."""

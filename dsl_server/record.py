@@ -130,8 +130,7 @@ class Record:
                 ],
                 "loss": [self._loss_sum, self._loss_samples, self.loss],
                 "facts": list(map(dict, self._facts)),
-                "samples": [self.samples_trained, self.samples_replayed],
-                "steps_skipped": self.steps_skipped,
+                "counts": [self.samples_trained, self.samples_replayed, self.steps_skipped],
                 "epoch": self.epoch,
                 "test": self.test,
                 "wire": self._traffic.by_kind(),
@@ -147,8 +146,7 @@ class Record:
         self._measurements = [ParseDict(known, pb.Measurements()) for known in state["measurements"]]
         self._loss_sum, self._loss_samples, self.loss = state["loss"]
         self._facts = list(state["facts"])
-        self.samples_trained, self.samples_replayed = state["samples"]
-        self.steps_skipped = state["steps_skipped"]
+        self.samples_trained, self.samples_replayed, self.steps_skipped = state["counts"]
         self.epoch, self.test = state["epoch"], state["test"]
         self._traffic.add(state["wire"])
 

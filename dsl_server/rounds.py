@@ -52,7 +52,7 @@ class Rounds:
         self._run = run
         self._on_close, self._on_lost = on_close, on_lost
         self.ledger = ledger or Ledger(run.clients)
-        self._receiving: dict[int, str] = {}  # client to the session of its open segment
+        self._receiving = set[int]()  # clients that have an open segment
         self._floors: dict[int, int] = {}  # client to the number that it need not keep
         self._saved = {account.client for account in self.ledger.accounts}  # whose place a checkpoint has
         self._parts: dict[int, tuple[State, int]] = {}  # of the average being made: client to part
@@ -201,11 +201,11 @@ class Rounds:
             if member.account.left:
                 raise RefusedError(f"{member} has left")
             self._expect_at_most(member, first_sequence)
-            self._receiving[member.client] = member.session
+            self._receiving.add(member.client)
 
     def end_segment(self, member: Member) -> None:
         with self._changed:
-            self._receiving.pop(member.client, None)
+            self._receiving.discard(member.client)
             self._changed.notify_all()
 
     def is_receiving(self, member: Member) -> bool:

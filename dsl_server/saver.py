@@ -5,13 +5,13 @@ between two steps, written by a thread of their own. Whoever asks meanwhile shar
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from common.checkpoint import Checkpoints, Saved
+from common.disk import until_written
 from common.errors import ClosedError
 from common.parts import State
-
-RETRY_S = 2.0  # until a disk that was full is tried again
 
 Captured = tuple[State, dict[str, Any]]
 
@@ -118,19 +118,8 @@ class Saver:
 
     def _written_down(self, saved: Saved) -> bool:
         """As often as it takes; False when nobody wants it any more."""
-        failed = False
-        while True:
-            try:
-                self._checkpoints.write(saved)
-                break
-            except OSError as error:
-                failed = True
-                self._on_trouble(f"no checkpoint can be written: {error.strerror or error}; free some space")
-            with self._changed:
-                if self._changed.wait_for(lambda: self._over, RETRY_S):
-                    return False
-        if failed:
-            self._on_trouble(None)
+        if not until_written(partial(self._checkpoints.write, saved), self._on_trouble, self._given_up):
+            return False
         facts = Saved(saved.number, {}, saved.facts)  # the tensors are on disk
         self._kept = [*self._kept, facts][-self._keep :]
         kept = {known.number for known in self._kept}
@@ -139,9 +128,15 @@ class Saver:
         self._on_saved([dict(known.facts) for known in self._kept])
         return True
 
+    def _given_up(self, seconds: float) -> bool:
+        with self._changed:
+            return bool(self._changed.wait_for(lambda: self._over, seconds))
+
 
 class Unsaved:
     """Of a run without checkpoints: nothing is asked for, and nobody waits."""
+
+    def start(self, before: list[Saved]) -> None: ...
 
     def stir(self) -> None: ...
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -43,6 +44,7 @@ from common.wire.rpc import SERVICE
 from dsl_server.audit import Audit
 from dsl_server.gate import Gate
 from dsl_server.inbox import Inbox, Job
+from dsl_server.intake import Intake
 from dsl_server.kernel import Sockets
 from dsl_server.ledger import Ledger
 from dsl_server.record import Record
@@ -103,8 +105,8 @@ class Server:
             in_step=self.method.goes_back,
             on_epoch_end=lambda end: self.rounds.apply(end.client, end.mark),
         )
-        self._checkpoints, self._resumed = Checkpoints(folder.path / "checkpoints"), resume
-        saved = self._newest() if resume else None
+        self._checkpoints = Checkpoints(folder.path / "checkpoints")
+        saved, self._kept = self._found() if resume else (None, [])
         binding = not self.method.goes_back  # whose batches are made again may come a little different
         ledger = Ledger(run.clients, binding=binding)
         if saved:
@@ -130,6 +132,7 @@ class Server:
         spec = batch_spec(run, self.method, net)
         self._audit = Audit(folder, on_failure=self.rounds.close)
         guard = Guard(credentials.folder) if credentials else None
+        self._intake = Intake(run, self.method, spec, self.inbox, self.rounds, self._clock, self._saver)
         self._service = Service(
             run,
             self.method,
@@ -138,10 +141,10 @@ class Server:
             self.inbox,
             self.rounds,
             self.record,
-            self._clock,
             self._audit,
             guard,
             self._saver,
+            self._intake,
         )
         if saved:
             self._restore(saved, part_specs)
@@ -151,9 +154,7 @@ class Server:
         self.sockets.watch(self.port)
 
     def start(self) -> None:
-        if isinstance(self._saver, Saver):
-            kept = list(self._checkpoints.newest(self._on_trouble))[::-1] if self._resumed else []
-            self._saver.start([Saved(saved.number, {}, saved.facts) for saved in kept])
+        self._saver.start(self._kept)
         self._thread.start()
         self._grpc.start()
         self._service.expect_back()
@@ -198,17 +199,20 @@ class Server:
         self.inbox.close(reason)
         self.sockets.close()
 
-    def _newest(self) -> Saved | None:
-        """The newest checkpoint that is whole. Raises ConfigError where there are some and none is."""
+    def _found(self) -> tuple[Saved | None, list[Saved]]:
+        """The newest checkpoint that is whole, and the facts of all that are, the oldest first. Raises
+        ConfigError where there are some and none is."""
         self._checkpoints.tidy()
-        saved = next(self._checkpoints.newest(self._on_trouble), None)
-        if saved is None:
-            if self._checkpoints.numbers():
-                raise ConfigError(f"--resume {self._folder.path}: no checkpoint of it can be read")
-            return None
-        newest = saved.number
-        self._checkpoints.drop(keep=lambda number: number <= newest)
-        return saved
+        newest, kept = None, deque[Saved]()
+        for saved in self._checkpoints.newest(self._on_trouble):
+            newest = newest or saved
+            kept.appendleft(Saved(saved.number, {}, saved.facts))
+        if newest is not None:
+            last = newest.number
+            self._checkpoints.drop(keep=lambda number: number <= last)
+        elif self._checkpoints.numbers():
+            raise ConfigError(f"--resume {self._folder.path}: no checkpoint of it can be read")
+        return newest, list(kept)
 
     def _made_saver(self) -> Saver:
         return Saver(
@@ -228,7 +232,7 @@ class Server:
     def _captured(self) -> tuple[State, dict[str, Any]]:
         """All that a server needs to go on from here. By the trainer's thread, between two steps."""
         meeting, rounds = self.rounds.state()
-        answers, answered = self._service.state()
+        answers, answered = self._intake.state()
         tensors = {
             **under("hosting", self.hosting.state()),
             **under("rounds", meeting),
@@ -249,7 +253,7 @@ class Server:
                 raise ConfigError(f"--resume {self._folder.path}: its checkpoints are of another run")
             self.hosting.load(found_under("hosting", saved.tensors))
             self.rounds.restore(found_under("rounds", saved.tensors), facts["rounds"], list(part_specs))
-            self._service.restore(found_under("answers", saved.tensors), facts["answered"])
+            self._intake.restore(found_under("answers", saved.tensors), facts["answered"])
             accounts = self.rounds.members()
             gone = [account.client for account in accounts if account.gone]
             ended = [account.client for account in accounts if account.applied.epochs > self.hosting.rounds]
@@ -273,7 +277,9 @@ class Server:
     def _troubled(self, trouble: str | None) -> None:
         serving = health_pb2.HealthCheckResponse
         self._health.set("", serving.NOT_SERVING if trouble else serving.SERVING)
-        self._on_trouble(trouble or "checkpoints can be written again")
+        self._on_trouble(
+            f"no checkpoint can be written: {trouble}" if trouble else "checkpoints can be written again"
+        )
 
     def _close(self, reason: ClosedError) -> None:
         self.inbox.close(reason)

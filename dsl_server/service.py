@@ -3,19 +3,14 @@
 import math
 import re
 import threading
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from functools import partial
 from typing import Any, NoReturn
 
 import grpc
-import torch
-from torch import Tensor
 
-from common.codecs import Encoded, Parcel
-from common.codecs.floats import fp32
 from common.errors import (
     ClosedError,
     DigestError,
@@ -29,28 +24,26 @@ from common.errors import (
     TakenError,
     WireError,
 )
-from common.meter import Clock, Traffic
-from common.methods.base import Method, Tail, is_waypoint
+from common.meter import Traffic
+from common.methods.base import Method, Tail
 from common.methods.hosting import Hosting
-from common.optim import progress_of
 from common.parts import Spec, State, head_state
 from common.run import Run
 from common.tls import Guard
 from common.wire import codec
 from common.wire import split_learning_pb2 as pb
-from common.wire.codec import Arrived, BatchSpec
-from common.wire.pieces import Digest, Piece
+from common.wire.codec import BatchSpec
+from common.wire.pieces import Piece
 from common.wire.rpc import EXPECTED, RPCS, SERVICE, VERSION, judged, reader, writer
 from dsl_server.audit import Audit, Event
-from dsl_server.inbox import EpochEnd, Errand, Inbox, Job, Trained
-from dsl_server.ledger import Mark, Newcomer
+from dsl_server.inbox import Errand, Inbox, Job
+from dsl_server.intake import Intake, Pieces
+from dsl_server.ledger import Newcomer
 from dsl_server.record import Evaluation, Record
 from dsl_server.rounds import Member, Rounds
 from dsl_server.saver import Saver, Unsaved
 
 Context = grpc.ServicerContext
-Pieces = Iterator[Piece[Any]]
-
 _TRAINED = ClosedError("this batch was trained on")
 # What each error of ours is called on the wire; the first that fits counts.
 STATUS: tuple[tuple[type[SplitLearningError], grpc.StatusCode], ...] = (
@@ -78,42 +71,15 @@ class Service:
         inbox: Inbox,
         rounds: Rounds,
         record: Record,
-        clock: Clock,
         audit: Audit,
         guard: Guard | None,
         saver: Saver | Unsaved,
+        intake: Intake,
     ) -> None:
         self._run, self._method, self._spec, self._part_specs = run, method, spec, part_specs
-        self._inbox, self._rounds, self._record, self._clock = inbox, rounds, record, clock
-        self._audit, self._guard, self._saver = audit, guard, saver
-        self._last: dict[int, Job] = {}  # client to what it sent last, where it may have to be told once more
+        self._inbox, self._rounds, self._record = inbox, rounds, record
+        self._audit, self._guard, self._saver, self._intake = audit, guard, saver, intake
         self._contexts: dict[str, Context] = {}  # session to the call of its open segment
-        self._kept_bytes = Counter[int]()  # by client: received since a checkpoint was last asked for
-
-    def state(self) -> tuple[State, dict[str, Any]]:
-        """What a checkpoint holds of it: what each client was answered last, which it may not have got."""
-        tensors: State = {}
-        facts: dict[str, Any] = {}
-        for client, job in self._last.items():
-            trained = job.answer.result() if _is_well(job.answer) else None
-            if trained is None:
-                continue
-            facts[str(client)] = {"sequence": job.sequence, "loss": trained.loss, "wanted": job.wanted}
-            if trained.gradient is not None:
-                tensors[f"{client}.gradient"] = trained.gradient
-            if _is_well(job.through_tail.output):
-                tensors[f"{client}.output"] = job.through_tail.output.result()
-        return tensors, facts
-
-    def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        for client, known in facts.items():
-            nothing = torch.empty(0)
-            batch = Arrived(nothing, nothing, known["sequence"], Parcel(fp32(), Encoded((0,), [nothing])))
-            job = Job(int(client), batch, 0.0, known["wanted"])
-            job.answer.set_result(Trained(tensors.get(f"{client}.gradient"), known["loss"]))
-            if (output := tensors.get(f"{client}.output")) is not None:
-                job.through_tail.output.set_result(output)
-            self._last[int(client)] = job
 
     def Join(self, request: pb.JoinRequest, context: Context) -> Iterator[pb.JoinResponse]:
         peer = context.peer()
@@ -207,18 +173,21 @@ class Service:
     def StreamActivations(self, requests: Pieces, context: Context) -> pb.StreamActivationsResponse:
         if not self._method.one_way:
             raise RefusedError(f"{self._method.name} answers batches; send them by Train")
-        latest = deque(self._batches(requests, context), maxlen=1)
-        job, fresh = latest.pop() if latest else (None, True)
-        if job and not fresh:  # it came before, and lies in its lane yet
+        last = deque(self._segment(requests, context), maxlen=1)
+        if not last:  # nothing of this segment was sent
+            return pb.StreamActivationsResponse()
+        ((job, fresh),) = last  # a lane keeps the order: once it is trained on, so are those before it
+        if fresh:
+            job.answer.result()  # raises why it cannot be
+        else:  # it came before, and may lie in its lane yet
             self._rounds.wait_until_applied(job.client, job.sequence)
-            return pb.StreamActivationsResponse(applied=job.sequence)
-        return pb.StreamActivationsResponse(applied=_settled(job))
+        return pb.StreamActivationsResponse(applied=job.sequence)
 
     def Train(self, requests: Pieces, context: Context) -> Iterator[Piece[pb.TrainResponse]]:
         if self._method.one_way:
             raise RefusedError(f"{self._method.name} answers nothing; send by StreamActivations")
         job = None
-        for job, fresh in self._batches(requests, context):
+        for job, fresh in self._segment(requests, context):
             if self._method.tail is Tail.LAST:
                 yield from self._through_tail(job, requests, context.peer(), fresh)
             if job.wanted:
@@ -226,7 +195,8 @@ class Service:
                 yield from codec.pack_gradient(
                     pb.TrainResponse, job.sequence, trained.gradient, self._spec, job.client, trained.loss
                 )
-        _settled(job)
+        if job is not None:
+            job.answer.result()  # also of the last one that was not to be answered: a receipt says it counts
 
     def SyncWeights(self, requests: Pieces, context: Context) -> Iterator[Piece[pb.SyncWeightsResponse]]:
         specs = self._part_specs
@@ -238,13 +208,10 @@ class Service:
             answer, news = self._rounds.average(member, head.epoch, part, head.samples)
             if self._method.tail is Tail.ALL and news:  # the server sees no batch of these
                 self._record.trained(head.samples, None, {})
-            self._saver.commit()
         elif head.purpose == pb.SYNC_PURPOSE_TAKE_TURN and self._run.sync == "relay":
             answer = self._rounds.take_turn(member, head.epoch)
-            self._saver.commit()
         elif head.purpose == pb.SYNC_PURPOSE_END_TURN and self._run.sync == "relay" and part:
             self._rounds.end_turn(member, head.epoch, part)
-            self._saver.commit()
         elif (
             head.purpose == pb.SYNC_PURPOSE_TAKE_HEAD
             and self._method.new_head
@@ -255,11 +222,11 @@ class Service:
                 member, "make a head", Hosting.new_head, client=member.client, epoch=head.epoch
             )
             answer = head_state(made.result())
-            self._saver.commit()
         else:
             raise WireError(
                 f"purpose {head.purpose} with {len(part)} tensors: the run's sync is {self._run.sync}"
             )
+        self._saver.commit()
         back = pb.Weights(epoch=head.epoch, purpose=head.purpose)
         yield from codec.pack_weights(pb.SyncWeightsResponse, back, answer)
 
@@ -371,130 +338,25 @@ class Service:
         if reason := self._rounds.lost(member.account, *how):
             self._audit("lost", peer, member.name, reason)
 
-    def _batches(self, requests: Pieces, context: Context) -> Iterator[tuple[Job, bool]]:
-        """The jobs of one segment, each checked, and whether each is fresh: else it has come before, and so
-        this is the job that it was. Raises WireError unless the segment holds what it declared."""
+    def _segment(self, requests: Pieces, context: Context) -> Iterator[tuple[Job, bool]]:
+        """As the intake's `jobs`: those that one call brings."""
         segment = _opening(requests, "segment")
         member = self._member(segment.session, context)
-        if not 0 <= segment.epoch < self._run.epochs or not 1 <= segment.batches <= segment.samples:
-            raise WireError(
-                f"{member}: a segment of epoch {segment.epoch} with {segment.batches} batches and "
-                f"{segment.samples} samples; the run has epochs 0 to {self._run.epochs - 1}"
-            )
-        first = segment.first_epoch
-        if first > segment.epoch if self._run.budget else first != self._method.first_epoch:
-            raise WireError(
-                f"{member}: a segment of epoch {segment.epoch} says that sending began in {first}; the run "
-                f"has it begin in {self._method.first_epoch}"
-            )
-        if segment.place and not member.account.identity:
-            raise WireError(f"{member}: a segment from batch {segment.place} on; all of it is due")
-        if not (self._method.send_every or self._method.afterwards):
-            raise RefusedError(f"{self._method.name} sends no batches")
+        self._intake.check(member, segment)
         self._rounds.begin_segment(member, segment.first_sequence)
         self._contexts[member.session] = context
         try:
             self._record.began(segment.epoch)
-            yield from self._jobs(member, segment, requests)
+            yield from self._intake.jobs(member, segment, requests)
         finally:
             self._contexts.pop(member.session, None)
             self._rounds.end_segment(member)
-
-    def _jobs(self, member: Member, segment: pb.Segment, requests: Pieces) -> Iterator[tuple[Job, bool]]:
-        place, samples = segment.place, 0
-        end = segment.place + segment.batches
-        for first in requests:
-            skipped = first.head.WhichOneof("head") == "skipped"
-            batch, digest = None, 0
-            if skipped:
-                sequence, size = codec.unpack_skipped(first, self._spec)
-            else:
-                batch, digest = self._unpack(first, requests)
-                sequence, size = batch.sequence, len(batch.z)
-            place, samples, last = place + 1, samples + size, place + 1 == end
-            over = samples != segment.samples if last else samples > segment.samples
-            if over or place > end:
-                raise _miscounted(member, segment, place - segment.place, samples)
-            mark = self._rounds.receive(member, sequence, size, digest, last)
-            if batch is not None:
-                job, fresh = self._job(member, batch, mark, segment, place - 1)
-                if fresh:
-                    self._lay(job, last)
-                yield job, fresh  # its call may end here
-            elif mark is not None:
-                self._laid(member.client, mark, last)
-        if place < end:
-            raise _miscounted(member, segment, place - segment.place, samples)
-
-    def _job(
-        self, member: Member, batch: Arrived, mark: Mark | None, segment: pb.Segment, place: int
-    ) -> tuple[Job, bool]:
-        """Of the batch at this place of its epoch, and whether it is fresh."""
-        last = self._last.get(member.client)
-        if mark is None and last is not None and last.sequence == batch.sequence:
-            return last, False
-        batches = segment.place + segment.batches
-        progress = progress_of(self._run, segment.epoch, place, batches, segment.first_epoch)
-        job = Job(
-            member.client,
-            batch,
-            progress,
-            self._method.answered(place),
-            mark or Mark(),
-            waypoint=is_waypoint(place, batches),
-        )
-        return job, mark is not None
-
-    def _lay(self, job: Job, last: bool) -> None:
-        """Into its client's lane, whatever becomes of its call meanwhile: it counts as received.
-
-        last: of its epoch.
-        """
-        if self._run.lasts:
-            if self._method.goes_back:
-                self._last[job.client] = job
-            self._kept_bytes[job.client] += job.batch.parcel.size
-            if self._kept_bytes[job.client] > self._run.spool_bytes / (2 * self._run.checkpoints):
-                self._kept_bytes.clear()  # its client's spool must not fill before the next checkpoint
-                self._saver.request()
-        if self._method.tail is Tail.LAST:  # it counts only when its gradient has come
-            job.answer.add_done_callback(partial(self._through, job, last))
-            self._inbox.put(job)
-        else:
-            self._inbox.put(job)
-            self._laid(job.client, job.mark, last)
-
-    def _laid(self, client: int, mark: Mark, last: bool) -> None:
-        if last:
-            self._inbox.put(EpochEnd(client, mark))
-        self._rounds.laid(client, mark)
-
-    def _through(self, job: Job, last: bool, answer: Future[Trained]) -> None:
-        """By the trainer: a batch has been through its client's last layers, or could not."""
-        with suppress(ClosedError):  # of the run: there is nothing to wait for any more
-            if answer.exception() is None:
-                self._laid(job.client, job.mark, last)
-            else:
-                self._rounds.give_back(job.client)
 
     def _errand(self, member: Member, what: str, do: Callable[..., Any], **given: Any) -> Future[Any]:
         """What a method of the hosting gives for this, in the member's turn."""
         errand = Errand(member.client, what, partial(do, **given))
         self._inbox.put(errand)
         return errand.answer
-
-    def _unpack(self, first: Piece[Any], rest: Pieces) -> tuple[Arrived, int]:
-        """A batch and its digest, 0 where the run has none."""
-        # The time that the pieces take to come is the network's, not the decoder's.
-        waiting, due = Clock(), first.head.batch.digest if self._run.lasts else None
-        with self._clock("decode"):
-            pieces = waiting.iterator("network", rest)
-            digest = Digest(first, pieces) if self._run.lasts else None
-            batch = codec.unpack_batch(first, digest or pieces, self._spec)
-            if digest is not None and digest.value != due:
-                raise DigestError(f"batch {batch.sequence} came with other bytes than it was sent with")
-        self._clock.add("decode", -waiting.seconds("network")["network"])
-        return batch, digest.value if digest else 0
 
 
 def add_to(server: grpc.Server, service: Service, traffic: Traffic) -> None:
@@ -558,18 +420,6 @@ def _opening(requests: Pieces, field: str) -> Any:
     return getattr(piece.head, field)
 
 
-def _is_well(future: Future[Any]) -> bool:
-    return future.done() and future.exception() is None
-
-
-def _settled(job: Job | None) -> int:
-    """Waits until the last batch that a segment sent has been trained on; its number, 0 if none was sent."""
-    if job is None:
-        return 0
-    job.answer.result()  # the lane keeps the order: those before it were trained on before
-    return job.sequence
-
-
 def _score(samples: int, scores: Sequence[Future[Any]]) -> pb.Score:
     """Of batches that the server scored: each its count of those right, and its loss summed."""
     counts = [score.result() for score in scores]
@@ -593,11 +443,4 @@ def _evaluation(score: pb.Score, closing: pb.ClientScore) -> Evaluation:
         score.loss,
         closing.head_correct if closing.HasField("head_correct") else None,
         closing.train_loss if closing.HasField("train_loss") else None,
-    )
-
-
-def _miscounted(member: Member, segment: pb.Segment, batches: int, samples: int) -> WireError:
-    return WireError(
-        f"{member}: epoch {segment.epoch} was to have {segment.batches} batches of {segment.samples} "
-        f"samples; {batches} batches of {samples} came"
     )

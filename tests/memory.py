@@ -1,4 +1,4 @@
-"""What memory this process has and has had, as the kernel counts it."""
+"""What memory a process has and has had, as the kernel counts it."""
 
 import re
 from collections.abc import Iterator
@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 
-def resident_bytes() -> int:
-    return _counted("VmRSS")
+def resident_bytes(process: int | str = "self") -> int:
+    """process: its number, or this one."""
+    return _counted("VmRSS", process)
 
 
 @contextmanager
@@ -26,7 +27,7 @@ def grows_by_less_than(most: int) -> Iterator[None]:
     assert _counted("VmPeak") - reserved < max(2**32, 100 * most)
 
 
-def _counted(name: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+def _counted(name: str, process: int | str = "self") -> int:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
     assert found
     return 1024 * int(found[1])

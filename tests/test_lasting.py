@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from common import disk
 from common.checkpoint import Checkpoints
 from common.errors import ClosedError
 from common.methods import settled
@@ -17,7 +18,6 @@ from common.methods.base import Smashed
 from common.rundir import RunFolder
 from common.wire import codec
 from common.wire import split_learning_pb2 as pb
-from dsl_client import spool
 from dsl_client.client import Client
 from dsl_client.memory import Memory, Snapshot
 from dsl_client.spool import Spool
@@ -41,7 +41,7 @@ def test_checkpoints_are_made_in_time_though_nobody_waits_for_one(method: str, t
 @pytest.fixture
 def full(monkeypatch: pytest.MonkeyPatch) -> Callable[[type, str], None]:
     """A way to write that fails twice, and then does not."""
-    monkeypatch.setattr(spool, "RETRY_S", 0.01)
+    monkeypatch.setattr(disk, "RETRY_S", 0.01)
 
     def filled(owner: type, name: str) -> None:
         writes, failures = getattr(owner, name), iter(range(2))

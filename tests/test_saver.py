@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from common import disk
 from common.checkpoint import Checkpoints, Saved
 from common.errors import ClosedError, ConfigError
-from dsl_server import saver as module
 from dsl_server.saver import Saver, Unsaved
 from tests.threads import in_thread, wait_for, waits
 
@@ -139,7 +139,7 @@ def test_after_a_resume_the_numbers_go_on_and_those_before_count_among_the_kept(
 def test_a_full_disk_is_told_and_tried_again_until_there_is_room(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "RETRY_S", 0.01)
+    monkeypatch.setattr(disk, "RETRY_S", 0.01)
     bench.at_once()
     bench.saver.commit()
     bench.disk.trouble = OSError(28, "No space left on device")

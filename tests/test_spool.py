@@ -224,7 +224,7 @@ def test_a_disk_without_room_is_told_and_leaves_nothing_of_the_frame_until_there
 
     spool = filled(tmp_path, 1)
     monkeypatch.setattr("dsl_client.spool.pieces.encode", full)
-    monkeypatch.setattr("dsl_client.spool.time.sleep", some_room)
+    monkeypatch.setattr("common.disk.time.sleep", some_room)
     assert spool.append(stretch_of(0), frame(2))
     assert left == [[f"{1:012}"]]
     assert files(tmp_path) == [f"{1:012}", f"{2:012}"]

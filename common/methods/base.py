@@ -158,7 +158,7 @@ RoundStep = Callable[[ServerPart, Attempt], Answer]
 NewHead = Callable[[ServerPart, int, int], nn.Module]  # of a client, by its index, after an epoch
 
 
-class Memory(Protocol):
+class ServerMemory(Protocol):
     """What a method's server keeps from one step to the next, beside its part: part of every checkpoint."""
 
     def state(self) -> dict[str, Tensor]: ...
@@ -188,7 +188,7 @@ class Method:
     round_step: RoundStep | None = None  # of the server, when every client's batches have come
     new_head: NewHead | None = None  # made at the server for each client, every head_every epochs
     head_every: int = 0
-    memory: Memory | None = None  # of its server
+    memory: ServerMemory | None = None
 
     @property
     def one_way(self) -> bool:

@@ -13,6 +13,7 @@ import grpc
 import pytest
 import torch
 
+from common import disk
 from common.checkpoint import Checkpoints, Saved
 from common.errors import ConfigError, RefusedError, TakenError
 from common.meter import Clock, Traffic
@@ -26,7 +27,7 @@ from common.wire.rpc import EXPECTED
 from dsl_client.connection import Connection
 from dsl_client.memory import Memory
 from dsl_lab import certs
-from dsl_server import rounds, saver
+from dsl_server import rounds
 from tests.certificates import make
 from tests.faults.crashes import Life, comes, live
 from tests.faults.proxy import Proxy
@@ -305,7 +306,7 @@ def test_e10_a_state_folder_that_cannot_be_is_told_at_once(tmp_path: Path) -> No
 def test_e7_a_full_disk_holds_the_run_up_until_there_is_room_and_it_ends_exact(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saver, "RETRY_S", 0.05)
+    monkeypatch.setattr(disk, "RETRY_S", 0.05)
     checkpoints = tmp_path / "server" / "checkpoints"
     checkpoints.mkdir(parents=True)
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", checkpoints], check=False)
