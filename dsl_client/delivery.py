@@ -46,11 +46,12 @@ class Line(Protocol):
 
 class Delivery:
     """depth: frames that may wait to be sent while the server is there. received: the last batch that it
-    has."""
+    has. Raises WireError where this client has not made that."""
 
     def __init__(self, line: Line, spool: Spool, depth: int, clock: Clock, flow: Flow, received: int) -> None:
         self._line, self._spool, self._depth = line, spool, depth
         self._clock, self._flow = clock, flow
+        spool.check_made(received)
         self._outbox = Channel[tuple[Stretch, Pieces]](depth)
         self._sent = received  # the last number that a call has taken
         self._due = spool.last  # the last number of all that was put, and of its stretch
@@ -80,7 +81,9 @@ class Delivery:
 
     def resume(self, received: int) -> None:
         """In a new membership: the server has the batches up to this number, and no other one, even if it had
-        given a receipt. Calls of the last membership are of no account any more."""
+        given a receipt. Calls of the last membership are of no account any more. Raises WireError for the
+        number of a batch that this client has not made."""
+        self._spool.check_made(received)
         with self._changed:
             self._attempt += 1
             self._sent, self._broken = received, None

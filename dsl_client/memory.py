@@ -79,10 +79,12 @@ class Memory:
 
     def throw_away(self, sequence: int) -> bool:
         """What no checkpoint of the server can ask for: batches up to this one, and states before it; whether
-        that is news."""
+        that is news. Raises WireError for a batch that is still to be made."""
         with self._lock:
             if sequence <= self.durable:
                 return False
+            if self._spool:
+                self._spool.check_made(sequence)
             self.durable = sequence
             self._write()  # first: a join must not promise what is gone
             if self._spool:

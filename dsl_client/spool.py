@@ -122,6 +122,14 @@ class Spool:
                     gone.file.unlink(missing_ok=True)
             self._changed.notify_all()
 
+    def check_made(self, sequence: int) -> None:
+        """Raises WireError for the number of a batch that was never kept, and so is still to be made."""
+        if sequence > self.last:
+            raise WireError(
+                f"the server says that it has batch {sequence} of this client, which has made {self.last}: "
+                "has an older copy of --state been put back?"
+            )
+
     def sent(self, frame: Frame) -> None:
         """It need not stay in memory, if it is on disk."""
         if frame.file is not None:

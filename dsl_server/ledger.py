@@ -20,6 +20,7 @@ from typing import Any
 
 from common.errors import (
     ConflictError,
+    ForbiddenError,
     FullError,
     RefusedError,
     SequenceError,
@@ -60,7 +61,8 @@ class Account:
     """What is known of one client.
 
     sessions: how often it has joined. session: the last one, which only it and the server know; who speaks
-    for an earlier one is fenced off. present: that session is not over.
+    for an earlier one is fenced off. present: that session is not over. fenced: hashes of the sessions of
+    processes whose place another one has taken.
     """
 
     client: int
@@ -70,6 +72,7 @@ class Account:
     session: str = ""
     present: bool = False
     lineage: set[str] = field(default_factory=set)  # sessions of the process that is here, or was last
+    fenced: set[str] = field(default_factory=set)
     received: Mark = field(default_factory=Mark)
     applied: Mark = field(default_factory=Mark)
     latest: int | None = None  # the digest of the batch received last
@@ -119,7 +122,8 @@ class Ledger:
         """A place for a newcomer, or the one that it had; its session is a new one in any case.
 
         Raises RefusedError where it comes back to what cannot be its run, FullError when all places are
-        taken, TakenError while another has this identity.
+        taken, TakenError while another has this identity, ForbiddenError where the identity is not that of
+        the name.
         """
         known = self._of(who)
         if who.run_id and (known is None or who.run_id != self.run_id):
@@ -130,6 +134,8 @@ class Ledger:
             )
         if known is None:
             return self._added(who)
+        if who.single and who.name != known.name:
+            raise ForbiddenError(f"this --state folder is that of {known.name!r}, not of {who.name!r}")
         if known.left:
             known.heard = True
             raise RefusedError(f"{known} has left: it has trained to the end")
@@ -140,8 +146,9 @@ class Ledger:
                 f"{known} has thrown away its batches up to {who.durable}, and the server has them up to "
                 f"{known.applied.sequence} only: this checkpoint is too old; resume from the newest one"
             )
-        if who.session and known.session and who.session not in known.lineage:
-            raise RefusedError(f"another process has taken the place of {known}")
+        stranger = known.session and who.session not in known.lineage
+        if who.session and (stranger or hashed(who.session) in known.fenced):
+            raise _fenced_off(known)
         if known.present and not (who.session or who.takeover):
             raise TakenError(
                 f"another process is {known} at present; stop that one, or say --takeover to end its "
@@ -149,13 +156,19 @@ class Ledger:
             )
         known.sessions += 1
         known.session, known.present = secrets.token_hex(16), True
-        # It may not hear of this one, and come back with the one before.
-        known.lineage = known.lineage | {who.session, known.session} if who.session else {known.session}
+        if who.session:  # it may not hear of this one, and come back with the one before
+            known.lineage |= {who.session, known.session}
+        else:
+            known.fenced |= set(map(hashed, known.lineage))
+            known.lineage = {known.session}
         return known
 
     def account(self, session: str) -> Account:
-        """Whose session this is. Raises StaleError for one that is over."""
+        """Whose session this is. Raises StaleError for one that is over, RefusedError where another process
+        has taken the place of whose it was."""
         for account in self.accounts:
+            if hashed(session) in account.fenced:
+                raise _fenced_off(account)
             if session and account.session == session and account.present and not account.gone:
                 return account
         raise StaleError("this call names no present member of the run; join first")
@@ -214,6 +227,7 @@ class Ledger:
                     "name": account.name,
                     "identity": account.identity,
                     "sessions": account.sessions,
+                    "fenced": sorted(account.fenced),
                     "applied": asdict(account.applied),
                     "left": account.left,
                     "heard": account.heard,
@@ -229,8 +243,8 @@ class Ledger:
         ledger = cls(places, snapshot["run_id"], binding)
         for known in snapshot["accounts"]:
             mark = Mark(**known["applied"])
-            rest = {name: value for name, value in known.items() if name != "applied"}
-            ledger.accounts.append(Account(**rest, received=mark, applied=mark, laid=mark.sequence))
+            marks = {"received": mark, "applied": mark, "laid": mark.sequence}
+            ledger.accounts.append(Account(**{**known, **marks, "fenced": set(known["fenced"])}))
         return ledger
 
     def _of(self, who: Newcomer) -> Account | None:
@@ -257,3 +271,7 @@ class Ledger:
 def hashed(secret: str) -> str:
     """What is kept of an identity."""
     return hashlib.sha256(secret.encode()).hexdigest() if secret else ""
+
+
+def _fenced_off(account: Account) -> RefusedError:
+    return RefusedError(f"another process has taken the place of {account}")

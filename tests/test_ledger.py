@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 
-from common.errors import ConflictError, FullError, RefusedError, SequenceError, StaleError, TakenError
+from common.errors import (
+    ConflictError,
+    ForbiddenError,
+    FullError,
+    RefusedError,
+    SequenceError,
+    StaleError,
+    TakenError,
+)
 from dsl_server.ledger import Account, Ledger, Mark, Newcomer, hashed
 
 pytestmark = pytest.mark.timeout(60)
@@ -112,6 +120,29 @@ def test_who_comes_back_has_its_place_and_a_new_session_and_the_old_one_is_over(
         take(ledger, account, 3, session=old)
     assert not ledger.away(old)
     assert account.present
+
+
+def test_whose_place_was_taken_is_fenced_off_also_after_a_crash() -> None:
+    ledger = Ledger(1)
+    old = joined(ledger).session
+    ledger = after_a_crash(ledger)
+    before = joined(ledger, run_id=ledger.run_id, session=old).session
+    after = joined(ledger, run_id=ledger.run_id, takeover=True).session
+    ledger = after_a_crash(ledger)
+    for session in (old, before):
+        with pytest.raises(RefusedError, match="another process has taken the place of client 0"):
+            joined(ledger, run_id=ledger.run_id, session=session)
+    assert joined(ledger, run_id=ledger.run_id, session=after).present
+
+
+def test_where_names_are_certified_an_identity_is_that_of_its_name() -> None:
+    ledger = Ledger(2)
+    joined(ledger, single=True)
+    with pytest.raises(ForbiddenError, match="this --state folder is that of 'ann', not of 'bob'"):
+        joined(ledger, "bob", ANN, single=True)
+    assert joined(ledger, "ann's new name", ANN, takeover=True).client == 0, (
+        "a name that anyone may choose says nothing"
+    )
 
 
 def test_another_process_of_who_is_there_must_say_that_it_takes_over() -> None:

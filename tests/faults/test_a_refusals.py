@@ -148,7 +148,7 @@ def test_d7_f3_what_comes_twice_out_of_order_or_from_a_former_self_is_applied_on
     error: Any = caught.value
     assert dict(error.trailing_metadata())[EXPECTED] == "3"
     later = Raw(life, memory, takeover=True)
-    with fails(grpc.StatusCode.UNAVAILABLE, "join first"):
+    with fails(grpc.StatusCode.FAILED_PRECONDITION, "another process has taken the place of client 0 (ann)"):
         ann.send(3, batches[2:])
     assert (account.applied, server.record.samples_trained) == before
 

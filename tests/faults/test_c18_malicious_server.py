@@ -25,11 +25,12 @@ from common.wire import codec, rpc
 from common.wire import split_learning_pb2 as pb
 from common.wire.pieces import encode
 from dsl_client.connection import Connection
+from dsl_client.memory import Memory
 from dsl_client.trainer import Trainer
 from tests.faults.site import MIB, SHAPE, SOON_S, averaged, same
-from tests.federation import CPU, Batches, small_run, spec_of
+from tests.federation import CPU, Batches, small_run, spec_of, train
 from tests.memory import grows_by_less_than
-from tests.threads import in_thread
+from tests.threads import in_thread, wait_for
 
 if sys.version_info >= (3, 14):
     pass
@@ -42,12 +43,15 @@ Answer = Callable[[Iterator[bytes]], Iterable[bytes]]
 
 
 class Malicious:
-    """A server that welcomes one client, and answers its other calls as it likes."""
+    """A server that welcomes one client, tells it `then` what it likes, and answers its other calls so."""
 
-    def __init__(self, run: Run, welcome: bytes | None = None, **answers: Answer) -> None:
+    def __init__(
+        self, run: Run, welcome: bytes | None = None, then: Sequence[Any] = (), **answers: Answer
+    ) -> None:
         self._run, self._answers, self._over = run, answers, threading.Event()
         greeting = pb.Welcome(version=rpc.VERSION, run=run.to_json(), client=0, session="s")
         self._welcome = welcome or pb.JoinResponse(welcome=greeting).SerializeToString()
+        self._then = then
         handlers: dict[str, Any] = {
             which.name: grpc.stream_stream_rpc_method_handler(self._serve(which)) for which in rpc.RPCS
         }
@@ -64,6 +68,7 @@ class Malicious:
         def serve(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
             if which is rpc.JOIN:
                 yield self._welcome
+                yield from (message.SerializeToString() for message in self._then)
                 self._over.wait(20)
             elif answer := self._answers.get(which.name):
                 yield from itertools.takewhile(lambda _: context.is_active(), answer(requests))
@@ -327,3 +332,42 @@ def test_c18_a_malformed_welcome_ends_the_client(raw: bytes) -> None:
 
 def test_c18_a_welcome_above_the_limit_ends_the_client() -> None:
     assert "larger than max" in str(welcomed(bytes(5 * MIB)))
+
+
+def test_c18_a_batch_to_come_that_is_said_to_be_saved_ends_the_client_and_it_throws_nothing_away() -> None:
+    run = small_run(checkpoint_every=60.0)
+    saved = pb.JoinResponse(durable=pb.Durable(sequence=10**12))
+    held, memory = threading.Event(), Memory()
+
+    def reads_and_says_nothing(requests: Iterator[bytes]) -> Iterator[bytes]:
+        list(requests)
+        held.wait(SOON_S)
+        yield b""
+
+    server = Malicious(run, then=[saved], StreamActivations=reads_and_says_nothing)
+    connection = Connection(f"127.0.0.1:{server.port}", Traffic(), Clock(), memory=memory)
+    memory.spool(run.spool_bytes)
+    try:
+        connection.join("ann", patience=SOON_S)
+        wait_for(lambda: connection._over is not None)
+        assert "says that it has batch 1000000000000 of this client" in str(connection._over)
+        assert memory.durable == 0
+    finally:
+        held.set()
+        connection.close()
+        server.stop()
+
+
+def test_c18_batches_to_come_that_the_server_says_it_has_are_not_left_out() -> None:
+    run = small_run(checkpoint_every=60.0, epochs=1)
+    greeting = pb.Welcome(version=rpc.VERSION, run=run.to_json(), session="s", received=3)
+    server = Malicious(run, pb.JoinResponse(welcome=greeting).SerializeToString())
+    connection = Connection(f"127.0.0.1:{server.port}", Traffic(), Clock(), memory=Memory())
+    data = Batches(run, 0, 8)
+    try:
+        client = connection.join("ann", patience=SOON_S).client
+        error = told(in_thread(train, run, connection, client, data, data))
+        assert "says that it has batch 3 of this client, which has made 0" in str(error)
+    finally:
+        connection.close()
+        server.stop()

@@ -23,7 +23,7 @@ from common.errors import (
     StaleError,
     TakenError,
 )
-from dsl_server.ledger import Account, Ledger, Mark, Newcomer
+from dsl_server.ledger import Account, Ledger, Mark, Newcomer, hashed
 
 pytestmark = pytest.mark.timeout(60 if "DSL_F5_EXAMPLES" not in os.environ else 3600)
 
@@ -120,7 +120,8 @@ class Deliveries(RuleBasedStateMachine):
         self.ledger = Ledger.restored(PLACES, json.loads(text))
         self.known, self.trained = deepcopy(model)
         for name, known in self.known.items():
-            known |= {"session": "", "present": False, "received": known["applied"], "latest": False}
+            forgotten = {"session": "", "own": set(), "received": known["applied"], "latest": False}
+            known |= {**forgotten, "present": False}
             self.lanes[name] = []
 
     def refusal(self, name: str, process: Fact, takeover: bool) -> type[SplitLearningError] | None:
@@ -133,7 +134,9 @@ class Deliveries(RuleBasedStateMachine):
         if known["left"] or known["lost"]:
             return RefusedError
         assert known["applied"] >= process["durable"], "it has thrown away what the server still needs"
-        if process["session"] and known["session"] and process["session"] != known["session"]:
+        if process["session"] in known["fenced"]:
+            return RefusedError
+        if process["session"] and known["session"] and process["session"] not in known["own"]:
             return RefusedError
         if known["present"] and not (process["session"] or takeover):
             return TakenError
@@ -158,10 +161,16 @@ class Deliveries(RuleBasedStateMachine):
                 "left": False,
                 "lost": "",
                 "latest": False,
+                "own": set(),  # sessions of the process that is here
+                "fenced": set(),  # of those that were here before it
             }
             self.trained[name], self.lanes[name] = [], []
         known = self.known[name]
         assert account.session not in ("", known.get("session"))
+        if not process["session"]:  # a new process
+            known["fenced"] |= known["own"]
+            known["own"] = set()
+        known["own"] |= {process["session"], account.session} - {""}
         known |= {"sessions": known["sessions"] + 1, "session": account.session, "present": True}
         if crash != "before it is saved":
             self.save()
@@ -370,11 +379,12 @@ class Deliveries(RuleBasedStateMachine):
                 "applied": facts_of(account.applied),
                 "latest": account.latest is not None,
             } == {
-                **known,
+                **{key: value for key, value in known.items() if key != "own"},
                 "name": name,
                 "identity": account.identity,
                 "laid": account.laid,
-                "lineage": account.lineage,  # who may come back by it is told by the rules
+                "lineage": known["own"],
+                "fenced": {hashed(session) for session in known["fenced"]},
                 "heard": account.heard,
                 "received": MARKS[name][known["received"]],
                 "applied": MARKS[name][known["applied"]],
@@ -406,7 +416,8 @@ class Deliveries(RuleBasedStateMachine):
                 if its and not (known["left"] or known["lost"]):
                     assert self.ledger.account(process["session"]) is self.account(name)
                 else:
-                    with pytest.raises(StaleError):
+                    fenced = process["session"] in known["fenced"]
+                    with pytest.raises(RefusedError if fenced else StaleError):
                         self.ledger.account(process["session"])
 
     @invariant()
