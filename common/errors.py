@@ -5,6 +5,7 @@
   - WireError          what the other end sent breaks the protocol (INVALID_ARGUMENT)
     + SequenceError    a batch came out of order (ABORTED); it carries the number that was due
     + DigestError      its bytes are not those that were sent (DATA_LOSS)
+    + PlanError        a batch came that the run has no place for (OUT_OF_RANGE)
   - ClosedError        the other end, or the run, is over; the message says why
     + StaleError       the membership is, or the server is about to be: join again (UNAVAILABLE)
     + RefusedError     the server would not have this client (FAILED_PRECONDITION)
@@ -51,6 +52,10 @@ class SequenceError(WireError):
 
 class DigestError(WireError):
     """What came is not what was sent."""
+
+
+class PlanError(WireError):
+    """A batch came when all of its client's epochs had come to their end."""
 
 
 class ClosedError(SplitLearningError):

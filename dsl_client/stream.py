@@ -26,6 +26,7 @@ from common.errors import (
     ForbiddenError,
     FullError,
     IdentityError,
+    PlanError,
     RefusedError,
     SequenceError,
     SplitLearningError,
@@ -47,6 +48,7 @@ Call = Callable[[Pieces], Any]  # starts a call; its requests are pulled as they
 
 _ERRORS: dict[grpc.StatusCode, type[SplitLearningError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: WireError,
+    grpc.StatusCode.OUT_OF_RANGE: PlanError,
     grpc.StatusCode.DATA_LOSS: DigestError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: FullError,
     grpc.StatusCode.FAILED_PRECONDITION: RefusedError,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common.errors import ClosedError, RefusedError, SequenceError, StaleError, WireError
+from common.errors import ClosedError, PlanError, RefusedError, SequenceError, StaleError, WireError
 from common.parts import State, average, copied, found_under, under
 from common.run import Run
 from dsl_server.ledger import Account, Ledger, Mark, Newcomer
@@ -221,9 +221,15 @@ class Rounds:
                 raise SequenceError(f"{member}: batch {sequence + 1} came, but batch {due} is due", due)
 
     def receive(self, member: Member, sequence: int, samples: int, digest: int, last: bool) -> Mark | None:
-        """As the ledger's. The batch is now to be laid in the member's lane, whatever becomes of its call."""
+        """As the ledger's. The batch is now to be laid in the member's lane, whatever becomes of its call.
+
+        Raises PlanError where the member has sent all of its epochs.
+        """
         with self._changed:
             self._check_open(member)
+            before = member.account.received
+            if sequence > before.sequence and before.epochs == self._run.epochs:
+                raise PlanError(f"{member}: batch {sequence} came after the last one of its last epoch")
             return self.ledger.receive(member.account, member.session, sequence, samples, digest, last)
 
     def laid(self, client: int, mark: Mark) -> None:

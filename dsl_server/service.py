@@ -17,6 +17,7 @@ from common.errors import (
     ForbiddenError,
     FullError,
     IdentityError,
+    PlanError,
     RefusedError,
     SequenceError,
     SplitLearningError,
@@ -49,6 +50,7 @@ _TRAINED = ClosedError("this batch was trained on")
 STATUS: tuple[tuple[type[SplitLearningError], grpc.StatusCode], ...] = (
     (SequenceError, grpc.StatusCode.ABORTED),
     (DigestError, grpc.StatusCode.DATA_LOSS),
+    (PlanError, grpc.StatusCode.OUT_OF_RANGE),
     (WireError, grpc.StatusCode.INVALID_ARGUMENT),
     (StaleError, grpc.StatusCode.UNAVAILABLE),
     (FullError, grpc.StatusCode.RESOURCE_EXHAUSTED),

@@ -19,6 +19,7 @@ from dsl_server.server import Server
 from tests.federation import spec_of
 
 _spec_of = functools.cache(spec_of)
+MANY = 10_000  # epochs of a run whose members may send any number of segments
 DEADLINE_S = 20.0  # for what should take a moment: a call that hangs ends as DEADLINE_EXCEEDED
 
 

@@ -188,14 +188,14 @@ def test_reflection_lists_the_service(dsl: Server) -> None:
 
 
 @pytest.mark.parametrize(("oldest", "newest"), [(2, 5), (0, 0), (3, 2)])
-def test_another_protocol_version_is_refused_with_both_ranges(oldest: int, newest: int, dsl: Server) -> None:
+def test_f1_another_version_is_refused_with_both_ranges(oldest: int, newest: int, dsl: Server) -> None:
     with member(dsl) as client:
         request = pb.JoinRequest(oldest_version=oldest, newest_version=newest, name="other")
         with refused(Code.FAILED_PRECONDITION, "version 1", f"{oldest} to {newest}"):
             next(client.stub.Join(request, timeout=DEADLINE_S))
 
 
-def test_a_client_of_a_later_release_that_still_speaks_ours_is_welcome(tmp_path: Path) -> None:
+def test_f1_a_client_of_a_later_release_that_still_speaks_ours_is_welcome(tmp_path: Path) -> None:
     with serving(small_run(clients=2), tmp_path) as server, member(server) as client:
         request = pb.JoinRequest(oldest_version=1, newest_version=9, name="later")
         assert next(client.stub.Join(request, timeout=DEADLINE_S)).welcome.version == 1

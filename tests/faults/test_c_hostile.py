@@ -41,12 +41,13 @@ from tests.faults.site import (
     Site,
     averaged,
     encoded_site,
+    same,
     site_of,
     weights,
 )
 from tests.federation import Batches, connect, serving, small_run, spec_of, train
 from tests.memory import grows_by_less_than
-from tests.ordinary import DEADLINE_S, Ordinary, member, refused, smashed
+from tests.ordinary import DEADLINE_S, MANY, Ordinary, member, refused, smashed
 from tests.threads import in_thread, wait_for
 
 if sys.version_info >= (3, 14):
@@ -63,7 +64,9 @@ Code = grpc.StatusCode
 def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Site]]:
     with contextlib.ExitStack() as stack:
         yield {
-            method: stack.enter_context(site_of(small_run(method=method), tmp_path_factory.mktemp(method)))
+            method: stack.enter_context(
+                site_of(small_run(method=method, epochs=MANY), tmp_path_factory.mktemp(method))
+            )
             for method in KINDS
         }
 
@@ -290,7 +293,7 @@ def zstd_frames(run: Run) -> dict[str, bytes]:
 
 
 def test_c7_a_bomb_in_our_own_compression_is_refused(tmp_path: Path) -> None:
-    run = small_run(method="csl", codec=("activations=int8+zstd",))
+    run = small_run(method="csl", codec=("activations=int8+zstd",), epochs=MANY)
     with encoded_site(run, tmp_path) as site:
         for frame in zstd_frames(run).values():
             payload = [pb.TensorSpec(dtype=pb.DTYPE_UINT8, shape=[len(frame)])]
@@ -333,7 +336,7 @@ def test_c9_infinities_that_cancel_in_a_sum_are_refused_too(site: Site) -> None:
 
 
 def test_c9_denormal_activations_are_numbers_like_others(tmp_path: Path) -> None:
-    with site_of(small_run(method="csl"), tmp_path) as site:
+    with site_of(small_run(method="csl", epochs=MANY), tmp_path) as site:
         opening, frame = site.valid()
         frame.data = math.prod(SHAPE) * struct.pack("<f", 1e-45) + frame.data[Z_BYTES:]
         site.send([opening, frame])
@@ -353,7 +356,7 @@ POISON = {
 def test_c9_what_is_no_number_is_refused_however_it_is_encoded(name: str, tmp_path: Path) -> None:
     """The first bytes of a payload are its first value, or the scale of its first channel."""
     poison, says = POISON[name]
-    with encoded_site(small_run(method="csl", codec=(f"activations={name}",)), tmp_path) as site:
+    with encoded_site(small_run(method="csl", codec=(f"activations={name}",), epochs=MANY), tmp_path) as site:
         _, frame = site.packed()
         site.refuses_payload(frame.batch.payload, poison + frame.data[len(poison) : -8], says)
 
@@ -369,7 +372,8 @@ def sync(client: Ordinary, messages: Sequence[pb.SyncWeightsRequest]) -> list[pb
 
 
 def test_c2_c3_c9_weights_of_another_network_or_no_numbers_are_not_averaged(tmp_path: Path) -> None:
-    run, name = small_run(method="dsl", sync="average", clients=2), "bottom.0.0.weight"
+    run = small_run(method="dsl", sync="average", clients=2, epochs=MANY)
+    name = "bottom.0.0.weight"
     state = averaged(run)
     wrong = {
         f"{name}: shape": state | {name: torch.zeros(1)},
@@ -612,6 +616,22 @@ def test_c15_who_has_left_can_send_no_more(tmp_path: Path) -> None:
                     gone.send([smashed(run)])
                 with refused(Code.FAILED_PRECONDITION, "join first"):
                     gone.leave()
+
+
+@pytest.mark.parametrize("method", KINDS)
+def test_f4_a_batch_after_the_last_epoch_has_no_place_in_the_run(method: str, tmp_path: Path) -> None:
+    run = small_run(method=method, epochs=2)
+    with serving(run, tmp_path) as server, member(server) as client:
+        for _ in range(2):
+            client.send([smashed(run), smashed(run, 3)])
+        wait_for(lambda: server.record.samples_trained == 2 * 11)
+        before = weights(server)
+        with refused(Code.OUT_OF_RANGE, "batch 5 came after the last one of its last epoch"):
+            client.send([smashed(run)])
+        assert same(weights(server), before)
+        client.leave()
+        assert server.wait(timeout=SOON_S)
+        assert server.finish()["samples_trained"] == 2 * 11
 
 
 def test_c16_a_dsl_client_is_refused_by_a_csl_server(standing: dict[str, Site]) -> None:
