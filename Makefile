@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint stubs soak bench-accuracy bench-codecs bench-durability bench-link bench-methods bench-overlap bench-traffic bench-wire clean fuzz
+.PHONY: demo test test-slow lint stubs soak bench-accuracy bench-codecs bench-durability bench-link bench-methods bench-overlap bench-paper bench-traffic bench-wire clean fuzz
 
 demo: $(VENV)/ready
 	$(BIN)/dsl demo
@@ -32,6 +32,9 @@ soak: $(VENV)/ready
 
 bench-accuracy bench-codecs bench-durability bench-link bench-methods bench-overlap bench-traffic bench-wire: bench-%: $(VENV)/ready
 	$(BIN)/python benchmarks/$*/main.py $(IMAGES)
+
+bench-paper: $(VENV)/ready
+	$(BIN)/dsl bench paper $(PAPER)
 
 $(VENV)/ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

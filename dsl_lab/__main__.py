@@ -12,6 +12,7 @@ from common import cli
 from common.errors import ConfigError
 from dsl_lab import certs
 from dsl_lab.demo import Demo, demo
+from dsl_lab.paper import Paper, paper
 
 PROGRAM = "dsl"
 DESCRIPTION = "Whole experiments on one machine, made of real dsl-server and dsl-client processes."
@@ -19,12 +20,16 @@ DESCRIPTION = "Whole experiments on one machine, made of real dsl-server and dsl
 
 @dataclass(frozen=True)
 class Report:
-    """Turns finished runs into one HTML file with a table and figures."""
+    """Turns finished runs into one HTML file; beside it the figures, and the table as Markdown and CSV."""
 
     folders: tyro.conf.Positional[tuple[Path, ...]]
-    """The servers' run folders (with run.json, metrics.jsonl and summary.json)."""
+    """Servers' run folders (with run.json, metrics.jsonl and summary.json), or folders that hold any number
+    of these, such as that of a dsl bench."""
     out: Path = Path("report.html")
-    """Where the report goes; the figures go beside it as PNG files."""
+    """Where the report goes; all else goes beside it, by the same name."""
+
+
+Benchmark = Annotated[Paper, tyro.conf.subcommand("paper")] | Annotated[None, tyro.conf.Suppress]
 
 
 @dataclass(frozen=True)
@@ -32,8 +37,16 @@ class Methods:
     """Lists every method with its settings, what travels each way, and its source."""
 
 
+@dataclass(frozen=True)
+class Bench:
+    """Sweeps of many runs that go on where they were broken off."""
+
+    command: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[Benchmark]]
+
+
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Methods, tyro.conf.subcommand("methods")]
     | Annotated[certs.Certs, tyro.conf.subcommand("certs")]
@@ -59,14 +72,22 @@ def _main(arguments: list[str]) -> int:
     if isinstance(command, certs.Certs):
         certs.run(command.command)
         return 0
-    from dsl_lab import figures, report, runs, table
+    if isinstance(command, Bench):
+        assert command.command is not None, "tyro asks for one"
+        paper(command.command, console)
+        return 0
+    return _report(command, console)
 
-    if not command.folders:
+
+def _report(options: Report, console: Console) -> int:
+    from dsl_lab import report, runs, table
+
+    if not options.folders:
         raise ConfigError("dsl report needs at least one run folder, such as runs/*-server")
-    finished = [runs.read(folder) for folder in command.folders]
+    finished = [run for folder in options.folders for run in runs.find(folder)]
     table.show(finished, console)
-    images = figures.write(finished, command.out.parent / f"{command.out.stem}-figures")
-    console.print(f"{report.write(finished, command.out)} and {len(images)} figures", soft_wrap=True)
+    path, *others = report.publish(finished, options.out)
+    console.print(f"{path} and {len(others)} tables and figures beside it", soft_wrap=True)
     return 0
 
 

@@ -1,30 +1,29 @@
 """The figures: finished runs drawn, each figure also told in words for readers who do not see it.
 
-Knows colours, axes and bars, and nothing of the page that the figures stand on. Colours are safe for
-colour-blind readers (Okabe-Ito for methods, Tol's muted set for kinds and phases), and the same runs
-always give the same bytes.
+The first four are those of the paper (arXiv 2601.19261, figures 4 to 7): accuracy by epoch, traffic, memory
+and time. Knows what each figure shows, but neither how panels are laid out, which is panels.py's, nor the
+page that the figures stand on. The same runs always give the same bytes.
 """
 
 import io
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from statistics import fmean
+from typing import TYPE_CHECKING, Literal
 
 from common.errors import ConfigError
-from dsl_lab.runs import Down, FinishedRun, Runs, Up, at_least_one
-from dsl_lab.table import labels, mebibytes, megabytes, percent
+from dsl_lab import panels
+from dsl_lab.panels import Look, Plot
+from dsl_lab.reference import Reference, reference
+from dsl_lab.runs import Down, FinishedRun, Runs, Up
+from dsl_lab.series import Group, Series, Stat, grouped, labels
+from dsl_lab.table import mebibytes, megabytes, percent
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH = 8.0  # inches
-GAP = 2.7  # from one run's pair of bars to the next, where a bar to its pair is 1
-
-METHOD_COLOURS = {"dsl": "#0072B2", "csl": "#D55E00"}
-OTHER_COLOURS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Tol's muted set, for what is neither a method nor a client.
 KIND_COLOURS = {
     "activations": "#44AA99",
     "labels": "#999933",
@@ -39,39 +38,26 @@ PHASE_COLOURS = {
     "encode / decode": "#DDCC77",
     "wait / idle": "#DDDDDD",
 }
-MARKERS = "osD^vP"
+MANY_BYTES = 1e10  # from here on in gigabytes
 
-STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "split learning, measured",
-    "font.size": 9,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 10,
-    "axes.labelcolor": "#333333",
-    "axes.edgecolor": "#888888",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.color": "#E6E6E6",
-    "xtick.color": "#333333",
-    "ytick.color": "#333333",
-    "legend.frameon": False,
-}
+Pair = Sequence[Sequence[float]]  # the parts of a run's two bars
+Beside = Sequence[float | None]  # what somebody else has at the two
+Parts = Callable[[FinishedRun], Pair]
+Theirs = Callable[[Reference], Beside]
 
 
 @dataclass(frozen=True)
 class Drawing:
     name: str
     caption: str
-    draw: "Callable[[Figure, Runs], str]"
-    """Draws the runs; returns what the figure shows, in words."""
+    draw: "Callable[[Figure, Group], str]"
+    """Draws the series; returns what the figure shows, in words."""
 
 
 def write(runs: Runs, folder: Path) -> list[Path]:
     """All figures as PNG files. Raises ConfigError when there is no run or no file can be written."""
-    some = at_least_one(runs)
-    images = {folder / f"{drawing.name}.png": render(drawing, some, "png")[0] for drawing in DRAWINGS}
+    group = grouped(runs)
+    images = {folder / f"{drawing.name}.png": render(drawing, group, "png")[0] for drawing in DRAWINGS}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path, image in images.items():
@@ -81,96 +67,150 @@ def write(runs: Runs, folder: Path) -> list[Path]:
     return list(images)
 
 
-def render(drawing: Drawing, runs: Runs, form: Literal["png", "svg"]) -> tuple[bytes, str]:
+def render(drawing: Drawing, group: Group, form: Literal["png", "svg"]) -> tuple[bytes, str]:
     """A figure as a file's bytes, and in words."""
     import matplotlib
     from matplotlib.figure import Figure
 
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type")) if form == "svg" else None
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(panels.STYLE):
         figure = Figure(layout="constrained")
-        words = drawing.draw(figure, runs)
+        words = drawing.draw(figure, group)
         file = io.BytesIO()
         figure.savefig(file, format=form, dpi=200, metadata=nothing)
     return file.getvalue(), words
 
 
-def _accuracy(figure: "Figure", runs: Runs) -> str:
-    from matplotlib.ticker import MaxNLocator
+def _accuracy(figure: "Figure", group: Group) -> str:
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    axes = _accuracy_axes(figure, "Test accuracy by epoch", "epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    ends = []
-    for run, name, colour, marker in _looks(runs):
-        joined = [(e.epoch, e.test.accuracy) for e in run.evaluations]
-        alone = [
-            (e.epoch, e.test.client_only_accuracy)
-            for e in run.evaluations
-            if e.test.client_only_accuracy is not None
+    plots = panels.line_plots(figure, group, "Test accuracy by epoch", "epoch", "test accuracy")
+    for plot in plots:
+        plot.axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+        plot.axes.yaxis.set_major_formatter(PercentFormatter(1))
+        for look in plot.looks:
+            _curves(plot, look)
+    panels.legend(figure, plots)
+    return "Lines, test accuracy by epoch. At the end: " + _listed(
+        end for series, name in _named(group) for end in _ends(series, name)
+    )
+
+
+def _curves(plot: Plot, look: Look) -> None:
+    joined = look.series.by_epoch(lambda line: line.test.accuracy)
+    alone = look.series.by_epoch(lambda line: line.test.client_only_accuracy)
+    panels.curve(plot, look, list(joined), list(joined.values()), "-", look.name)
+    if alone:
+        panels.curve(plot, look, list(alone), list(alone.values()), "--", f"{look.name}, client alone")
+    logged = reference(look.series.first).accuracy
+    if logged is not None:
+        plot.axes.axhline(logged, ls=":", lw=1.4, color=look.colour, label=f"{look.name}, authors' best")
+
+
+def _ends(series: Series, name: str) -> list[str]:
+    alone = series.by_epoch(lambda line: line.test.client_only_accuracy)
+    joined = series.by_epoch(lambda line: line.test.accuracy)
+    ends = {name: joined, f"{name}, client alone": alone}
+    return [f"{what} {percent(points[max(points)].mean)}" for what, points in ends.items() if points]
+
+
+def _traffic(figure: "Figure", group: Group) -> str:
+    most = max(max(run.serialized_up, run.serialized_down) for series in group for run in series.runs)
+    unit, size = _unit(most)
+
+    def parts(run: FinishedRun) -> Pair:
+        return [
+            [_kinds(way).get(kind, 0) / size for kind in KIND_COLOURS]
+            for way in (run.summary.wire.up, run.summary.wire.down)
         ]
-        for points, line, what in ((joined, "-", name), (alone, "--", f"{name}, client alone")):
-            if points:
-                axes.plot(*zip(*points, strict=True), line, marker=marker, ms=4, color=colour)
-                ends.append((*points[-1], f"{what}  {percent(points[-1][1])}", colour))
-    figure.set_size_inches(WIDTH, max(3.8, 1 + 0.21 * len(ends)))
-    _name_ends(axes, ends)
-    return "Lines, test accuracy by epoch. At the end: " + _listed(end[2] for end in ends)
 
+    def theirs(said: Reference) -> Beside:
+        return [None if way is None else way / size for way in (said.up, said.down)]
 
-def _traffic(figure: "Figure", runs: Runs) -> str:
-    axes = _bar_axes(figure, runs, "Traffic by direction and kind", "megabytes (10⁶ bytes)")
-    counts = [_kinds(way) for run in runs for way in (run.summary.wire.up, run.summary.wire.down)]
-    stacks = [[stack.get(kind, 0) / 1e6 for kind in KIND_COLOURS] for stack in counts]
-    totals = [f"{megabytes(sum(stack.values()))} MB" for stack in counts]
-    rows = _name_bars(axes, runs, ("up", "down"))
-    _stack(axes, stacks, KIND_COLOURS, totals)
-    figure.legend(loc="outside lower center", ncols=6)
-    return "Bars, traffic in all messages: " + _listed(map(" ".join, zip(rows, totals, strict=True)))
-
-
-def _cost(figure: "Figure", runs: Runs) -> str:
-    axes = _accuracy_axes(
-        figure, "Test accuracy against traffic", "megabytes moved so far, up and down (10⁶ bytes)"
+    plots = _bars(figure, group, "Traffic up and down in the whole run", unit, ("up", "down"), parts, theirs)
+    for plot in plots:
+        panels.stack(plot, _means(plot, parts), KIND_COLOURS)
+        panels.whiskers(plot, _totals(plot, parts))
+        panels.beside(plot, _others(plot, theirs), "the paper")
+        texts = [_short(sum(stack)) for stack in _means(plot, parts)]
+        panels.name_ends(plot, _ends_of(plot, parts), _others(plot, theirs), texts)
+    panels.legend(figure, plots)
+    return "Bars, traffic in all messages: " + _listed(
+        f"{name} {side} {megabytes(_total(series, at, parts).mean * size)} MB"
+        for series, name in _named(group)
+        for at, side in enumerate(("up", "down"))
     )
-    axes.xaxis.set_major_formatter("{x:,.4g}")
-    ends = []
-    for run, name, colour, marker in _looks(runs):
-        moved = [(e.wire.up + e.wire.down) / 1e6 for e in run.evaluations]
-        scores = [e.test.accuracy for e in run.evaluations]
-        axes.plot(moved, scores, marker=marker, ms=4, color=colour, label=name)
-        ends.append(f"{name} {percent(scores[-1])} after {moved[-1]:,.2f} MB")
-    axes.set_xlim(left=0)
-    figure.set_size_inches(WIDTH, 3.8)
-    axes.legend(loc="lower right")
-    return "Lines, test accuracy of the joined network against traffic: " + _listed(ends)
 
 
-def _time(figure: "Figure", runs: Runs) -> str:
-    axes = _bar_axes(figure, runs, "Where the time went", "seconds")
-    spent = [run.summary.seconds for run in runs]
-    stacks = [astuple(side) for seconds in spent for side in (seconds.client, seconds.server)]
-    rows = _name_bars(axes, runs, ("client", "server"))
-    _stack(axes, stacks, PHASE_COLOURS)
-    for place, seconds in enumerate(spent):
-        ends = [GAP * place - 0.5, GAP * place + 1.5]
-        mark = "wall clock" if place == 0 else None
-        axes.plot([seconds.wall] * 2, ends, color="#222222", lw=1.5, label=mark)
-    figure.legend(loc="outside lower center", ncols=5)
+def _memory(figure: "Figure", group: Group) -> str:
+    live = all(run.summary.memory for series in group for run in series.runs)
+
+    def parts(run: FinishedRun) -> Pair:
+        peak = run.summary.memory if live and run.summary.memory else run.summary.peak_bytes
+        return [[peak.client / 2**20], [peak.server / 2**20]]
+
+    def theirs(said: Reference) -> Beside:
+        return [None if said.peak is None else said.peak / 2**20, None]
+
+    sides = ("client", "server")
+    title = "Peak memory of tensors" if live else "Peak memory"
+    plots = _bars(figure, group, title, "MiB (2²⁰ bytes)", sides, parts, theirs)
+    for plot in plots:
+        means = _means(plot, parts)
+        panels.pairs(plot, [mean for (mean,) in means])
+        panels.whiskers(plot, _totals(plot, parts))
+        panels.beside(plot, _others(plot, theirs), "authors, both ends in one process")
+        texts = [f"{mean:,.0f}" for (mean,) in means]
+        panels.name_ends(plot, _ends_of(plot, parts), _others(plot, theirs), texts)
+    panels.legend(figure, plots)
+    return "Bars, peak memory: " + _listed(
+        f"{name} {side} {mebibytes(_total(series, at, parts).mean * 2**20)} MiB"
+        for series, name in _named(group)
+        for at, side in enumerate(sides)
+    )
+
+
+def _time(figure: "Figure", group: Group) -> str:
+    def parts(run: FinishedRun) -> Pair:
+        return [list(astuple(side)) for side in (run.summary.seconds.client, run.summary.seconds.server)]
+
+    def theirs(said: Reference) -> Beside:
+        return [said.wall, None]
+
+    sides = ("client", "server")
+    plots = _bars(figure, group, "Time by phase", "seconds", sides, parts, theirs, _wall)
+    for plot in plots:
+        panels.stack(plot, _means(plot, parts), PHASE_COLOURS)
+        walls = [_stat(look.series, _wall) for look in plot.looks]
+        panels.across(plot, walls, "wall clock")
+        panels.beside(plot, _others(plot, theirs), "authors' wall clock, both ends in one process")
+    panels.legend(figure, plots)
     return "Bars, seconds of each phase: " + _listed(
-        f"{row} " + " ".join(f"{n} {s:,.1f}" for n, s in zip(PHASE_COLOURS, stack, strict=True))
-        for row, stack in zip(rows, stacks, strict=True)
+        f"{name} {side} " + " ".join(f"{n} {s:,.1f}" for n, s in zip(PHASE_COLOURS, stack, strict=True))
+        for series, name in _named(group)
+        for side, stack in zip(sides, _mean_parts(series, parts), strict=True)
     )
 
 
-def _memory(figure: "Figure", runs: Runs) -> str:
-    axes = _bar_axes(figure, runs, "Peak memory", "mebibytes (2²⁰ bytes)")
-    peaks = [peak for run in runs for peak in astuple(run.summary.peak_bytes)]
-    texts = [f"{mebibytes(peak)} MiB" for peak in peaks]
-    rows = _name_bars(axes, runs, ("client", "server"))
-    colours = [colour for _, _, colour, _ in _looks(runs) for _ in range(2)]
-    axes.barh(_places(peaks), [peak / 2**20 for peak in peaks], color=colours, height=0.82)
-    _name_totals(axes, [peak / 2**20 for peak in peaks], texts)
-    return "Bars, peak memory: " + _listed(map(" ".join, zip(rows, texts, strict=True)))
+def _cost(figure: "Figure", group: Group) -> str:
+    from matplotlib.ticker import PercentFormatter
+
+    unit, size = _unit(max(_moved(series)[-1] for series in group))
+    title = "Test accuracy against traffic"
+    plots = panels.line_plots(figure, group, title, f"moved so far, {unit}", "test accuracy")
+    for plot in plots:
+        plot.axes.yaxis.set_major_formatter(PercentFormatter(1))
+        plot.axes.xaxis.set_major_formatter("{x:,g}")
+        for look in plot.looks:
+            moved = [count / size for count in _moved(look.series)]
+            scores = look.series.by_epoch(lambda line: line.test.accuracy)
+            panels.curve(plot, look, moved, list(scores.values()), "-", look.name)
+        plot.axes.set_xlim(left=0)
+    panels.legend(figure, plots)
+    return "Lines, test accuracy of the joined network against traffic: " + _listed(
+        f"{name} {percent(_last(series))} after {megabytes(_moved(series)[-1])} MB"
+        for series, name in _named(group)
+    )
 
 
 DRAWINGS = (
@@ -183,9 +223,24 @@ DRAWINGS = (
     ),
     Drawing(
         "traffic",
-        "All serialized messages of the run, before HTTP/2, by what they carried. A decoupled "
-        "method sends no gradients down; small answers are left, and weights where parts are averaged.",
+        "All serialized messages of the run, before HTTP/2, by what they carried; of all clients "
+        "together. A decoupled method sends no gradients down; small answers are left, and weights "
+        "where parts are averaged or handed on.",
         _traffic,
+    ),
+    Drawing(
+        "memory",
+        "Most memory that each side held at once; of the clients, the one that held most. Of tensors, "
+        "where all runs counted them or were on a GPU; otherwise of the whole process, with Python and "
+        "its libraries.",
+        _memory,
+    ),
+    Drawing(
+        "time",
+        "Seconds of each phase; the client's are the mean of all clients. A client waits for "
+        "gradients, for room to send or for its turn, a server idles until a batch comes. The rest, up "
+        "to the wall clock, went to what is not counted here, such as reading the data and scoring.",
+        _time,
     ),
     Drawing(
         "accuracy-by-traffic",
@@ -193,38 +248,81 @@ DRAWINGS = (
         "Further left is cheaper, higher is better.",
         _cost,
     ),
-    Drawing(
-        "time",
-        "Seconds of each phase; the client's are the mean of all clients. A client waits for "
-        "gradients or for room to send, a server idles until a batch comes. The rest, up to the "
-        "wall clock, went to what is not counted here, such as reading the data.",
-        _time,
-    ),
-    Drawing(
-        "memory",
-        "Most memory that each side held at once; of the clients, the one that held most. On a GPU "
-        "what tensors took there, otherwise the whole process with Python and its libraries.",
-        _memory,
-    ),
 )
 
 
-def _looks(runs: Runs) -> list[tuple[FinishedRun, str, str, str]]:
-    """Each run with its name, colour and marker. Runs of one method: one hue, ever lighter."""
-    others = sorted({run.method for run in runs} - METHOD_COLOURS.keys())
-    hues = METHOD_COLOURS | {m: OTHER_COLOURS[i % 5] for i, m in enumerate(others)}
-    seen: Counter[str] = Counter()
-    looks = []
-    for run, name in zip(runs, labels(runs), strict=True):
-        colour = _lighter(hues[run.method], 0.25 * (seen[run.method] % 4))
-        looks.append((run, name, colour, MARKERS[seen[run.method] % len(MARKERS)]))
-        seen[run.method] += 1
-    return looks
+def _bars(
+    figure: "Figure",
+    group: Group,
+    title: str,
+    unit: str,
+    sides: tuple[str, str],
+    parts: Parts,
+    theirs: Theirs,
+    also: Callable[[FinishedRun], float] | None = None,
+) -> list[Plot]:
+    """Axes for stacks of these parts, with room for all that will stand in them.
+
+    also: another number that goes in, in place of those after the bars.
+    """
+    totals = [_total(series, at, parts) for series in group for at in (0, 1)]
+    ends = [stat.mean + stat.spread for stat in totals]
+    if also:
+        ends += [stat.mean + stat.spread for stat in (_stat(series, also) for series in group)]
+    ends += [value for series in group for value in theirs(reference(series.first)) if value]
+    return panels.bar_plots(figure, group, title, unit, sides, max(ends), numbered=also is None)
 
 
-def _lighter(colour: str, part: float) -> str:
-    parts = (int(colour[at : at + 2], 16) for at in (1, 3, 5))
-    return "#" + "".join(f"{round(c + (255 - c) * part):02x}" for c in parts)
+def _totals(plot: Plot, parts: Parts) -> list[Stat]:
+    return [_total(look.series, at, parts) for look in plot.looks for at in (0, 1)]
+
+
+def _means(plot: Plot, parts: Parts) -> list[list[float]]:
+    """Each bar's parts, the mean of its runs."""
+    return [stack for look in plot.looks for stack in _mean_parts(look.series, parts)]
+
+
+def _mean_parts(series: Series, parts: Parts) -> list[list[float]]:
+    stacks = [parts(run) for run in series.runs]
+    return [[fmean(values) for values in zip(*(pair[at] for pair in stacks), strict=True)] for at in (0, 1)]
+
+
+def _total(series: Series, at: int, parts: Parts) -> Stat:
+    return _stat(series, lambda run: sum(parts(run)[at]))
+
+
+def _stat(series: Series, of: Callable[[FinishedRun], float]) -> Stat:
+    stat = series.stat(of)
+    assert stat, "every run has this number"
+    return stat
+
+
+def _ends_of(plot: Plot, parts: Parts) -> list[float]:
+    return [total.mean + total.spread for total in _totals(plot, parts)]
+
+
+def _others(plot: Plot, theirs: Theirs) -> list[float | None]:
+    return [value for look in plot.looks for value in theirs(reference(look.series.first))]
+
+
+def _wall(run: FinishedRun) -> float:
+    return run.summary.seconds.wall
+
+
+def _moved(series: Series) -> list[float]:
+    """Bytes by the end of each epoch that was scored."""
+    both = series.by_epoch(lambda line: line.wire.up + line.wire.down)
+    return [stat.mean for stat in both.values()]
+
+
+def _unit(most: float) -> tuple[str, float]:
+    """In words, and in bytes."""
+    return ("GB (10⁹ bytes)", 1e9) if most >= MANY_BYTES else ("MB (10⁶ bytes)", 1e6)
+
+
+def _last(series: Series) -> float:
+    scores = series.by_epoch(lambda line: line.test.accuracy)
+    return scores[max(scores)].mean
 
 
 def _kinds(way: Up | Down) -> dict[str, int]:
@@ -233,93 +331,15 @@ def _kinds(way: Up | Down) -> dict[str, int]:
     return counts
 
 
-def _accuracy_axes(figure: "Figure", title: str, below: str) -> "Axes":
-    from matplotlib.ticker import PercentFormatter
-
-    axes = figure.add_subplot()
-    axes.set(title=title, xlabel=below, ylabel="test accuracy")
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.grid()
-    return axes
+def _short(amount: float) -> str:
+    """Three digits, and no more than there are: `164`, `6.55`; `<0.01` is a little."""
+    if 0 < amount < 0.005:
+        return "<0.01"
+    return f"{amount:,.0f}" if amount >= 100 or not amount else f"{amount:,.{1 if amount >= 10 else 2}f}"
 
 
-def _bar_axes(figure: "Figure", runs: Runs, title: str, below: str) -> "Axes":
-    figure.set_size_inches(WIDTH, 1.3 + 0.75 * len(runs))
-    axes = figure.add_subplot()
-    axes.set(title=title, xlabel=below)
-    axes.xaxis.set_major_formatter("{x:,.4g}")
-    axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
-    axes.grid(axis="x")
-    return axes
-
-
-def _places(bars: Sequence[object]) -> list[float]:
-    """Two bars a run, each pair apart from the next."""
-    return [GAP * (bar // 2) + bar % 2 for bar in range(len(bars))]
-
-
-def _name_bars(axes: "Axes", runs: Runs, sides: tuple[str, str]) -> list[str]:
-    """Names on the left, the first run on top; returned in full, run and side."""
-    sided = [(name, side) for name in labels(runs) for side in sides]
-    texts = [f"{name}   {side}" if side == sides[0] else side for name, side in sided]
-    axes.set_yticks(_places(sided), texts)
-    axes.invert_yaxis()
-    return [" ".join(pair) for pair in sided]
-
-
-def _stack(
-    axes: "Axes",
-    stacks: Sequence[Sequence[float]],
-    colours: Mapping[str, str],
-    totals: Sequence[str] = (),
-) -> None:
-    """A bar for each stack, one colour for each of its parts; kinds that nobody has stay out."""
-    for part, (name, colour) in enumerate(colours.items()):
-        widths = [stack[part] for stack in stacks]
-        if any(widths):
-            before = [sum(stack[:part]) for stack in stacks]
-            axes.barh(_places(stacks), widths, 0.82, before, color=colour, label=name)
-    if totals:
-        _name_totals(axes, [sum(stack) for stack in stacks], totals)
-
-
-def _name_totals(axes: "Axes", ends: Sequence[float], texts: Sequence[str]) -> None:
-    under = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # the grid stays off the text
-    for spot, text in zip(zip(ends, _places(ends), strict=True), texts, strict=True):
-        axes.annotate(text, spot, (5, 0), textcoords="offset points", va="center_baseline", bbox=under)
-    axes.set_xlim(0, 1.15 * max(ends) or 1)
-
-
-def _name_ends(axes: "Axes", ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Each line's name at the right, level with its end or as near as the others let it be."""
-    bottom, top = axes.get_ylim()
-    levels = _spread([(y - bottom) / (top - bottom) for _, y, _, _ in ends], min(0.065, 1 / len(ends)))
-    line = {"arrowstyle": "-", "lw": 0.7, "relpos": (0, 0.5), "shrinkA": 0, "shrinkB": 4}
-    for (x, y, text, colour), level in zip(ends, levels, strict=True):
-        axes.annotate(
-            text,
-            (x, y),
-            (1.05, level),
-            textcoords="axes fraction",
-            va="center",
-            arrowprops={**line, "color": colour},
-        )
-
-
-def _spread(wanted: Sequence[float], gap: float) -> list[float]:
-    """Places from 0 to 1 near the wanted ones, in their order, and no two nearer than gap."""
-    order = sorted(range(len(wanted)), key=lambda item: wanted[item])
-    places = [0.0] * len(wanted)
-    least = 0.0
-    for item in order:
-        places[item] = max(wanted[item], least)
-        least = places[item] + gap
-    most = 1.0
-    for item in reversed(order):
-        places[item] = min(places[item], most)
-        most = places[item] - gap
-    return places
+def _named(group: Group) -> Iterable[tuple[Series, str]]:
+    return zip(group, labels(group), strict=True)
 
 
 def _listed(texts: Iterable[str]) -> str:

@@ -27,6 +27,7 @@ class LaunchError(SplitLearningError):
 class Experiment:
     """settings: the run's, by name. cores: those of the server, then of each client, if held.
 
+    device: where each of them computes.
     link: given the server's port, the slow link by which all clients reach it.
     """
 
@@ -36,6 +37,7 @@ class Experiment:
     cores: Sequence[int] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     link: Callable[[int], Link] | None = None
+    device: str = "auto"
 
     @property
     def clients(self) -> int:
@@ -65,7 +67,8 @@ class Experiment:
             ]
             for i in range(self.clients)
         ]
-        return [server, *clients]
+        where = [] if self.device == "auto" else ["--device", self.device]
+        return [[*command, *where] for command in (server, *clients)]
 
 
 def launch(experiment: Experiment, on_wait: Callable[[], None] = lambda: None) -> list[list[str]]:

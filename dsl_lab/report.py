@@ -2,7 +2,7 @@
 
 The page loads nothing: its style (page.css) and its figures are inside it, and the same runs always give
 the same bytes. Knows HTML, but neither how a number is written, which is table.py's to say, nor how a
-figure is drawn, which is figures.py's.
+figure is drawn, which is figures.py's. `publish` puts all forms of a report side by side.
 """
 
 import re
@@ -15,9 +15,11 @@ from pathlib import Path
 
 from common.errors import ConfigError
 from dsl_lab import figures, table
-from dsl_lab.runs import Runs, at_least_one
+from dsl_lab.runs import Runs
+from dsl_lab.series import Group, grouped, labels, shared
 
 TITLE = "Split learning, measured"
+FEW = 6  # so many runs' origins are shown; more are folded away
 INTRODUCTION = """
 Split learning trains one neural network on two machines. The client keeps its data and the
 network's first layers; the server has the layers above. For each batch the client sends up what
@@ -29,12 +31,25 @@ its own, and the server learns from the activations in its own time. Below is wh
 reached, and what it cost in traffic, time and memory."""
 
 
+def publish(runs: Runs, path: Path) -> list[Path]:
+    """The page, beside it the table as Markdown and CSV, and the figures as PNG files.
+
+    Raises ConfigError when there is no run to report or a file cannot be written.
+    """
+    tables = {".md": table.markdown(runs), ".csv": table.comma_separated(runs)}
+    written = [_written(path.with_suffix(ending), text) for ending, text in tables.items()]
+    return [write(runs, path), *written, *figures.write(runs, path.parent / f"{path.stem}-figures")]
+
+
 def write(runs: Runs, path: Path, commands: Sequence[str] = ()) -> Path:
     """The page. Raises ConfigError when there is no run to report or the file cannot be written."""
-    page = _page(at_least_one(runs), commands)
+    return _written(path, _page(runs, commands))
+
+
+def _written(path: Path, text: str) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}; name another") from error
     return path
@@ -42,6 +57,7 @@ def write(runs: Runs, path: Path, commands: Sequence[str] = ()) -> Path:
 
 def _page(runs: Runs, commands: Sequence[str]) -> str:
     style = files("dsl_lab").joinpath("page.css").read_text(encoding="utf-8")
+    group = grouped(runs)
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -54,28 +70,29 @@ def _page(runs: Runs, commands: Sequence[str]) -> str:
 <body>
 <main>
 <h1>{TITLE}</h1>
-<p class="facts">{escape(table.shared(runs))}</p>
+<p class="facts">{escape(shared(group))}</p>
 <p>{INTRODUCTION}</p>
 <h2>Results</h2>
-{_table(runs)}
-<p class="note">{escape(table.NOTES)}</p>
+{_table(group)}
+<p class="note">{escape(table.notes(group))}</p>
 <h2>Figures</h2>
-{"".join(_figure(drawing, runs) for drawing in figures.DRAWINGS)}
+{"".join(_figure(drawing, group) for drawing in figures.DRAWINGS)}
 <h2>How it was made</h2>
 {_origin(runs)}
 {_commands(runs, commands)}
-{_settings(runs)}
+{_settings(group)}
 </main>
 </body>
 </html>
 """
 
 
-def _table(runs: Runs) -> str:
-    groups = [(group, len(list(heads))) for group, heads in groupby(table.HEADINGS, lambda h: h[0])]
-    over = "".join(f'<th scope="colgroup" colspan="{n}">{escape(g)}</th>' for g, n in groups)
-    under = "".join(f'<th scope="col">{escape(name)}</th>' for _, name in table.HEADINGS)
-    return _grid("results", f"<tr>{over}</tr><tr>{under}</tr>", table.rows(runs))
+def _table(group: Group) -> str:
+    heads = table.headings(group)
+    groups = [(over, len(list(some))) for over, some in groupby(heads, lambda head: head[0])]
+    above = "".join(f'<th scope="colgroup" colspan="{n}">{escape(g)}</th>' for g, n in groups)
+    under = "".join(f'<th scope="col">{escape(name)}</th>' for _, name in heads)
+    return _grid("results", f"<tr>{above}</tr><tr>{under}</tr>", table.rows(group))
 
 
 def _grid(kind: str, head: str, rows: Sequence[Sequence[str]]) -> str:
@@ -95,8 +112,13 @@ def _heads(*names: str) -> str:
     return "<tr>" + "".join(f'<th scope="col">{escape(name)}</th>' for name in names) + "</tr>"
 
 
-def _figure(drawing: figures.Drawing, runs: Runs) -> str:
-    image, words = figures.render(drawing, runs, "svg")
+def _folded(summary: str, content: str, shown: bool = False) -> str:
+    opened = " open" if shown else ""
+    return f"<details{opened}><summary>{summary}</summary>{content}</details>"
+
+
+def _figure(drawing: figures.Drawing, group: Group) -> str:
+    image, words = figures.render(drawing, group, "svg")
     svg = image.decode()
     svg = svg[svg.index("<svg") :].strip()  # without the prologue, which has no place in HTML
     # Every figure counts its parts from one: an id must be one only in the whole page.
@@ -111,26 +133,34 @@ def _origin(runs: Runs) -> str:
     """Where, when and with which versions. Folders by name: their paths are nobody's business."""
     rows = [
         [
-            name,
-            run.folder.name,
+            run.title,
             run.about.started.replace("T", " "),
             run.about.machine,
             ", ".join(f"{package} {version}" for package, version in run.about.versions.items()),
         ]
-        for name, run in zip(table.labels(runs), runs, strict=True)
+        for run in runs
     ]
-    return _grid("text origin", _heads("run", "folder", "started", "machine", "versions"), rows)
+    grid = _grid("text origin", _heads("run", "started", "machine", "versions"), rows)
+    return _folded("Runs", grid, len(runs) <= FEW)
 
 
 def _commands(runs: Runs, commands: Sequence[str]) -> str:
     """Those given, or else those that the runs remember."""
-    own = [shlex.join(run.about.command) for run in runs if run.about.command]
-    lines = "\n".join(map(escape, commands or own))
-    return f"<h3>Commands</h3>\n<pre><code>{lines}</code></pre>" if lines else ""
+    lines = commands or [shlex.join(run.about.command) for run in runs if run.about.command]
+    text = "\n".join(map(escape, lines))
+    return _folded("Commands", f"<pre><code>{text}</code></pre>", len(lines) <= FEW) if lines else ""
 
 
-def _settings(runs: Runs) -> str:
-    keys = dict.fromkeys(key for run in runs for key in run.about.run)
-    rows = [[key, *(str(run.about.run.get(key, "–")) for run in runs)] for key in keys]
-    grid = _grid("text", _heads("setting", *table.labels(runs)), rows)
-    return f"<details><summary>All settings</summary>{grid}</details>"
+def _settings(group: Group) -> str:
+    """What all have, then what not all have."""
+    told = {key: [str(series.first.about.run.get(key, "–")) for series in group] for key in _keys(group)}
+    same = [[key, values[0]] for key, values in told.items() if len(set(values)) == 1]
+    other = [[key, *values] for key, values in told.items() if len(set(values)) > 1]
+    grids = [_grid("text", _heads("setting", *labels(group)), other)] if other else []
+    grids.append(_grid("text", _heads("setting", "in all runs"), same))
+    return _folded("All settings", "".join(grids))
+
+
+def _keys(group: Group) -> list[str]:
+    keys = dict.fromkeys(key for series in group for key in series.first.about.run)
+    return [key for key in keys if key not in ("name", "seed")]

@@ -15,14 +15,19 @@ from common.errors import ConfigError
 # The settings that name a run, and how a setting is put in words.
 IDENTITY = ("model", "split", "clients")
 _WORDS = {
+    "client_modules": "{value} client module{s}",
     "clients": "{value} client{s}",
     "epochs": "{value} epoch{s}",
     "head": "{value} head",
     "partition": "{value} shares",
     "recipe": "{value} recipe",
     "seed": "seed {value}",
+    "server_modules": "{value} server module{s}",
     "sync": "sync {value}",
+    "train_limit": "{value:,} training images",
 }
+SERVER = "server"  # the role, and in a sweep the folder, of a run's server
+_SPLITS = ("s", "m", "d")  # the later, the more of the network the client has
 _REMEDY = "give the server's folder of a run that has ended"
 
 
@@ -108,6 +113,15 @@ class Peak:
 
 
 @dataclass(frozen=True)
+class Live:
+    """Most bytes of tensors at once; held: that a client kept while it waited for an answer."""
+
+    client: int
+    server: int
+    held: int
+
+
+@dataclass(frozen=True)
 class Summary:
     """summary.json, as far as it is shown."""
 
@@ -115,6 +129,8 @@ class Summary:
     wire: Wire
     seconds: Seconds
     peak_bytes: Peak
+    memory: Live | None
+    """None where tensors were not counted."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +147,7 @@ class About:
     """run.json."""
 
     name: str
+    role: str | None
     run: dict[str, Any]
     versions: dict[str, Any]
     machine: str
@@ -171,13 +188,44 @@ class FinishedRun:
         return sum(astuple(self.summary.wire.down))
 
     @property
-    def label(self) -> str:
-        """For example `DSL · resnet20 · m · 2 clients`."""
-        return " · ".join([self.method.upper(), *map(self.fact, IDENTITY)])
+    def socket_up(self) -> int | None:
+        """Bytes that the kernel counted; None where it was not asked."""
+        return self.summary.wire.socket.up if self.summary.wire.socket else None
+
+    @property
+    def socket_down(self) -> int | None:
+        return self.summary.wire.socket.down if self.summary.wire.socket else None
+
+    @property
+    def live_client(self) -> int | None:
+        """Most bytes of tensors at once, of the client that had most; None where they were not counted."""
+        return self.summary.memory.client if self.summary.memory else None
+
+    @property
+    def live_server(self) -> int | None:
+        return self.summary.memory.server if self.summary.memory else None
+
+    @property
+    def held(self) -> int | None:
+        """Most bytes of tensors that a client kept while it waited for an answer."""
+        return self.summary.memory.held if self.summary.memory else None
+
+    @property
+    def title(self) -> str:
+        """The folder's name, or in a sweep that of the run's."""
+        return self.folder.parent.name if self.folder.name == SERVER else self.folder.name
 
     def fact(self, key: str) -> str:
-        """A setting in words, for example `2 clients`."""
-        value = self.about.run.get(key, "?")
+        """A setting in words, for example `2 clients`; empty where there is nothing to say."""
+        value = self.about.run.get(key)
+        if not value:
+            return ""
+        if isinstance(value, list):
+            value = " ".join(map(str, value))
+        if key == "data":
+            value = _without_folders(value)
+        if key == "split" and value.isdecimal():
+            value = f"block {value}"
         return _WORDS.get(key, "{value}").format(value=value, s="" if value == 1 else "s")
 
 
@@ -195,11 +243,44 @@ def read(folder: Path) -> FinishedRun:
     return FinishedRun(folder, about, summary, evaluations)
 
 
+def find(folder: Path) -> list[FinishedRun]:
+    """The run whose server's folder this is, or else all finished ones below it, in the order of a table.
+
+    Raises ConfigError where there is none.
+    """
+    if (folder / "run.json").exists() or not folder.is_dir():
+        return [read(folder)]
+    ended = [path.parent for path in folder.rglob("summary.json") if (path.parent / "run.json").exists()]
+    runs = [read(path) for path in ended if _role(path) == SERVER]
+    if not runs:
+        raise ConfigError(f"{folder} holds no finished run: {_REMEDY}, or one that holds such folders")
+    return sorted(runs, key=_order)
+
+
 def at_least_one(runs: Runs) -> Runs:
     """The same runs. Raises ConfigError when there are none."""
     if not runs:
         raise ConfigError("no runs to report: name at least one finished run's folder")
     return runs
+
+
+def _order(run: FinishedRun) -> tuple[object, ...]:
+    settings = run.about.run
+    split = str(settings.get("split"))
+    place = _SPLITS.index(split) if split in _SPLITS else len(_SPLITS)
+    clients, seed = (int(settings.get(key, 0)) for key in ("clients", "seed"))
+    return run.fact("data"), run.fact("model"), clients, place, split, run.method, seed, str(run.folder)
+
+
+def _role(folder: Path) -> str | None:
+    role: str | None = _parsed(About, folder, "run.json", _text(folder, "run.json")).role
+    return role
+
+
+def _without_folders(source: str) -> str:
+    """npz:FILE, folder:DIR: where they lie is nobody's business."""
+    kind, colon, path = source.partition(":")
+    return f"{kind}:{Path(path).name}" if colon else source
 
 
 def _text(folder: Path, name: str) -> str:

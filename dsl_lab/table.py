@@ -1,12 +1,15 @@
-"""Finished runs as one table: a row for each run, on a console or as Markdown.
+"""Finished runs as one table: on a console, as Markdown, as CSV.
 
-Knows which numbers of a run are shown, under which heading and in which unit, but nothing of the files
-that they come from, nor of the page and the figures, which name runs and write numbers as is done here.
+A row is a series of runs that differ only in their seeds; in CSV it is a run, its numbers as they were
+counted. Knows which numbers are shown, under which heading and in which unit, but nothing of the files that
+they come from, nor of the page and the figures, which write numbers as is done here.
 MB is 10^6 bytes, as networks count; MiB is 2^20 bytes, as memory does.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+import csv
+import io
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from rich import box
@@ -14,105 +17,179 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dsl_lab.runs import IDENTITY, FinishedRun, Runs
+from dsl_lab.reference import NOTE, reference
+from dsl_lab.runs import FinishedRun, Runs
+from dsl_lab.series import Group, Series, grouped, labels, shared
 
-# The columns: the group, and the column's own name.
-HEADINGS = (
-    ("", "method"),
-    ("test accuracy", "joined"),
-    ("test accuracy", "client alone"),
-    ("payload, MB", "up"),
-    ("payload, MB", "down"),
-    ("socket, MB", "up"),
-    ("socket, MB", "down"),
-    ("time, s", "wall"),
-    ("peak, MiB", "client"),
-    ("peak, MiB", "server"),
-)
 NOTES = (
     "Joined: the client's part and the server's. Client alone: with its own auxiliary head. "
     "Payload: tensors of training (activations, labels, gradients; not weights). "
     "Socket: all that the kernel counted, evaluation and HTTP/2 included. "
     "Peak: most memory held at once. MB = 10⁶ bytes, MiB = 2²⁰ bytes."
 )
-_TELLING = (*IDENTITY, "head", "sync", "data", "partition", "recipe", "epochs", "seed")
+LIVE = "Tensors: their most bytes at once; held: those that a client kept while it waited for an answer."
+SPREAD = "±: standard deviation of the runs, which differ in their seeds."
+_SETTINGS = ("method", "model", "split", "head", "sync", "clients", "data", "partition", "recipe")
+_COUNTS = ("train_limit", "test_limit", "epochs", "batch_size", "seed")
 
 
-def labels(runs: Runs) -> list[str]:
-    """One short name for each run: its method and what tells it from the others."""
-    told = [key for key in _TELLING if len({run.fact(key) for run in runs}) > 1]
-    names = [" · ".join([run.method.upper(), *map(run.fact, told)]) for run in runs]
-    if len(set(names)) < len(names):
-        names = [f"{name} · {run.about.name}" for name, run in zip(names, runs, strict=True)]
-    seen: Counter[str] = Counter()
-    for place, name in enumerate(names):
-        seen[name] += 1
-        names[place] = name if seen[name] == 1 else f"{name} #{seen[name]}"
-    return names
+@dataclass(frozen=True)
+class Column:
+    """of: the number of a run, if it has it. text: how it is written. rare: left out where no run has it."""
 
-
-def shared(runs: Runs) -> str:
-    """What all runs have in common, for example `resnet20 · m · 2 clients · sample · 3 epochs`."""
-    facts = (*IDENTITY, "data", "epochs")
-    return " · ".join(runs[0].fact(key) for key in facts if len({r.fact(key) for r in runs}) == 1)
-
-
-def rows(runs: Runs) -> list[list[str]]:
-    """A row of text for each run, in the order of HEADINGS."""
-    return [[name, *_cells(run)] for name, run in zip(labels(runs), runs, strict=True)]
-
-
-def markdown(runs: Runs) -> str:
-    """The table, what the runs share, and what the columns mean."""
-    heads = [f"{name} ({group})" if group else name for group, name in HEADINGS]
-    rule = ["---", *["---:"] * (len(heads) - 1)]
-    body = [[cell.replace("|", "\\|") for cell in row] for row in rows(runs)]
-    lines = ["| " + " | ".join(row) + " |" for row in [heads, rule, *body]]
-    return "\n".join([*lines, "", " ".join(filter(None, [_shared_sentence(runs), NOTES])), ""])
-
-
-def show(runs: Runs, console: Console) -> None:
-    """Print the table; where it is too wide for the console, with a column for each run."""
-    body = rows(runs)
-    upright = _grid([" ".join(heading).replace(",", "").split() for heading in HEADINGS], body)
-    boundless = console.options.update_width(1000)
-    if console.measure(upright, options=boundless).maximum <= console.width:
-        console.print(upright)
-    else:
-        names = [" ".join(filter(None, heading)) for heading in HEADINGS]
-        first, *others = zip(names, *body, strict=True)
-        console.print(_grid([[name] for name in first], others))
-    console.print("", " ".join(filter(None, [_shared_sentence(runs), NOTES])), sep="\n", markup=False)
+    group: str
+    name: str
+    of: Callable[[FinishedRun], float | None]
+    text: Callable[[float | None], str]
+    rare: bool = False
 
 
 def percent(fraction: float | None) -> str:
     return "–" if fraction is None else f"{fraction:.2%}"
 
 
-def megabytes(count: int | None) -> str:
+def megabytes(count: float | None) -> str:
     """In MB; `0` is none at all, `<0.01` is a little, `n/a` was not counted."""
     if not count:
         return "n/a" if count is None else "0"
     return "<0.01" if count < 5_000 else f"{count / 1e6:,.2f}"
 
 
-def mebibytes(count: int) -> str:
-    return f"{count / 2**20:,.1f}"
+def mebibytes(count: float | None) -> str:
+    return "–" if count is None else f"{count / 2**20:,.1f}"
 
 
-def _cells(run: FinishedRun) -> list[str]:
-    test, peak, socket = run.summary.test, run.summary.peak_bytes, run.summary.wire.socket
+def seconds(count: float | None) -> str:
+    return "–" if count is None else f"{count:,.1f}"
+
+
+COLUMNS = (
+    Column("test accuracy", "joined", lambda run: run.summary.test.accuracy, percent),
+    Column("test accuracy", "client alone", lambda run: run.summary.test.client_only_accuracy, percent),
+    Column("test accuracy", "authors", lambda run: reference(run).accuracy, percent, rare=True),
+    Column("payload, MB", "up", lambda run: run.payload_up, megabytes),
+    Column("payload, MB", "down", lambda run: run.payload_down, megabytes),
+    Column("payload, MB", "paper up", lambda run: reference(run).up, megabytes, rare=True),
+    Column("payload, MB", "paper down", lambda run: reference(run).down, megabytes, rare=True),
+    Column("socket, MB", "up", lambda run: run.socket_up, megabytes),
+    Column("socket, MB", "down", lambda run: run.socket_down, megabytes),
+    Column("time, s", "wall", lambda run: run.summary.seconds.wall, seconds),
+    Column("time, s", "authors", lambda run: reference(run).wall, seconds, rare=True),
+    Column("peak, MiB", "client", lambda run: run.summary.peak_bytes.client, mebibytes),
+    Column("peak, MiB", "server", lambda run: run.summary.peak_bytes.server, mebibytes),
+    Column("peak, MiB", "authors", lambda run: reference(run).peak, mebibytes, rare=True),
+    Column("tensors, MiB", "client", lambda run: run.live_client, mebibytes, rare=True),
+    Column("tensors, MiB", "server", lambda run: run.live_server, mebibytes, rare=True),
+    Column("tensors, MiB", "held", lambda run: run.held, mebibytes, rare=True),
+)
+
+
+def headings(group: Group) -> list[tuple[str, str]]:
+    """The columns: the group, and the column's own name."""
+    several = [("", "runs")] if _several(group) else []
+    return [("", "method"), *several, *((column.group, column.name) for column in _columns(group))]
+
+
+def rows(group: Group) -> list[list[str]]:
+    """A row of text for each series, in the order of its headings."""
+    several = _several(group)
     return [
-        percent(test.accuracy),
-        percent(test.client_only_accuracy),
-        megabytes(run.payload_up),
-        megabytes(run.payload_down),
-        megabytes(socket.up if socket else None),
-        megabytes(socket.down if socket else None),
-        f"{run.summary.seconds.wall:,.1f}",
-        mebibytes(peak.client),
-        mebibytes(peak.server),
+        [
+            name,
+            *([str(len(series.runs))] if several else []),
+            *(_cell(series, column) for column in _columns(group)),
+        ]
+        for name, series in zip(labels(group), group, strict=True)
     ]
+
+
+def notes(group: Group) -> str:
+    """What the columns mean."""
+    told = any(reference(series.first).up for series in group)
+    live = any(series.first.live_client is not None for series in group)
+    return " ".join(
+        [NOTES, *([LIVE] if live else []), *([SPREAD] if _several(group) else []), *([NOTE] if told else [])]
+    )
+
+
+def markdown(runs: Runs) -> str:
+    """The table, what the runs share, and what the columns mean."""
+    group = grouped(runs)
+    heads = [f"{name} ({over})" if over else name for over, name in headings(group)]
+    rule = ["---", *["---:"] * (len(heads) - 1)]
+    body = [[cell.replace("|", "\\|") for cell in row] for row in rows(group)]
+    lines = ["| " + " | ".join(row) + " |" for row in [heads, rule, *body]]
+    return "\n".join([*lines, "", " ".join(filter(None, [_shared_sentence(group), notes(group)])), ""])
+
+
+def comma_separated(runs: Runs) -> str:
+    """CSV: a line for each run with its settings, then what it counted, in bytes, seconds and fractions."""
+    lines = [_facts(run) for run in runs]
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return file.getvalue()
+
+
+def show(runs: Runs, console: Console) -> None:
+    """Print the table; where it is too wide for the console, with a column for each series."""
+    group = grouped(runs)
+    heads, body = headings(group), rows(group)
+    upright = _grid([" ".join(heading).replace(",", "").split() for heading in heads], body)
+    boundless = console.options.update_width(1000)
+    if console.measure(upright, options=boundless).maximum <= console.width:
+        console.print(upright)
+    else:
+        names = [" ".join(filter(None, heading)) for heading in heads]
+        first, *others = zip(names, *body, strict=True)
+        console.print(_grid([[name] for name in first], others))
+    console.print("", " ".join(filter(None, [_shared_sentence(group), notes(group)])), sep="\n", markup=False)
+
+
+def _several(group: Group) -> bool:
+    return any(len(series.runs) > 1 for series in group)
+
+
+def _columns(group: Group) -> list[Column]:
+    return [
+        column
+        for column in COLUMNS
+        if not column.rare or any(column.of(series.first) is not None for series in group)
+    ]
+
+
+def _cell(series: Series, column: Column) -> str:
+    stat = series.stat(column.of)
+    if stat is None:
+        return column.text(None)
+    return column.text(stat.mean) + (f" ± {column.text(stat.spread)}" if stat.spread else "")
+
+
+def _facts(run: FinishedRun) -> dict[str, object]:
+    """A run's line of CSV. What it has not is empty."""
+    summary, beside = run.summary, asdict(reference(run))
+    return {
+        "run": run.title,
+        **{key: run.fact(key) if key == "data" else run.about.run.get(key) for key in (*_SETTINGS, *_COUNTS)},
+        "accuracy": summary.test.accuracy,
+        "client_only_accuracy": summary.test.client_only_accuracy,
+        "payload_up_bytes": run.payload_up,
+        "payload_down_bytes": run.payload_down,
+        "messages_up_bytes": run.serialized_up,
+        "messages_down_bytes": run.serialized_down,
+        "socket_up_bytes": run.socket_up,
+        "socket_down_bytes": run.socket_down,
+        "wall_s": summary.seconds.wall,
+        **{f"client_{phase}_s": spent for phase, spent in asdict(summary.seconds.client).items()},
+        **{f"server_{phase}_s": spent for phase, spent in asdict(summary.seconds.server).items()},
+        "client_peak_bytes": summary.peak_bytes.client,
+        "server_peak_bytes": summary.peak_bytes.server,
+        "client_tensor_bytes": run.live_client,
+        "server_tensor_bytes": run.live_server,
+        "client_held_bytes": run.held,
+        **{f"reference_{name}": value for name, value in beside.items()},
+    }
 
 
 def _grid(heads: Sequence[Sequence[str]], body: Iterable[Sequence[str]]) -> Table:
@@ -126,5 +203,5 @@ def _grid(heads: Sequence[Sequence[str]], body: Iterable[Sequence[str]]) -> Tabl
     return grid
 
 
-def _shared_sentence(runs: Runs) -> str:
-    return f"All runs: {shared(runs)}." if shared(runs) else ""
+def _shared_sentence(group: Group) -> str:
+    return f"All runs: {shared(group)}." if shared(group) else ""

@@ -1,9 +1,11 @@
 """What tests share of finished runs: made-up folders, and the numbers that a table shows of them."""
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from common.run import RECIPES, Run
 from dsl_lab.runs import FinishedRun, read
 
 DSL_ROW = ["DSL", "61.25%", "55.50%", "48.02", "0", "60.25", "0.07", "12.3", "420.0", "1,500.0"]
@@ -21,12 +23,13 @@ def evaluation(epoch: int, accuracy: float, alone: float | None, up: int, down: 
     }
 
 
-def make(folder: Path, method: str, **settings: object) -> Path:
+def make(folder: Path, method: str, accuracy: float = 0.6125, **settings: object) -> Path:
     """A finished run: dsl has a head's accuracy and no gradients, csl no head and no kernel count."""
     dsl = method == "dsl"
     run = {"method": method, "model": "resnet20", "split": "m", "clients": 2, "epochs": 2, "data": "sample"}
     about = {
         "name": folder.name,
+        "role": "server",
         "run": {**run, **settings},
         "versions": {"python": "3.11.7", "torch": "2.12.0", "grpcio": "1.81.1"},
         "machine": "x86_64, 2 cores <Linux>",
@@ -35,7 +38,7 @@ def make(folder: Path, method: str, **settings: object) -> Path:
     }
     lines = [
         evaluation(1, 0.41, 0.33 if dsl else None, 30_000_000, 5_000 if dsl else 24_000_000),
-        evaluation(2, 0.6125, 0.555 if dsl else None, 60_000_000, 9_000 if dsl else 48_000_000),
+        evaluation(2, accuracy, 0.555 if dsl else None, 60_000_000, 9_000 if dsl else 48_000_000),
     ]
     summary = {
         **run,
@@ -67,7 +70,7 @@ def make(folder: Path, method: str, **settings: object) -> Path:
         },
         "peak_bytes": {"client": 420 * 2**20, "server": 1500 * 2**20},
     }
-    folder.mkdir()
+    folder.mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps(about))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "summary.json").write_text(json.dumps(summary))
@@ -76,3 +79,9 @@ def make(folder: Path, method: str, **settings: object) -> Path:
 
 def dsl_and_csl(folder: Path) -> list[FinishedRun]:
     return [read(make(folder / f"a-{method}-run", method)) for method in ("dsl", "csl")]
+
+
+def the_papers(folder: Path, method: str, **settings: object) -> FinishedRun:
+    """A run with the paper's settings, but for those given."""
+    paper = asdict(replace(Run(), model="resnet110", head="flat", data="cifar10", **RECIPES["paper"]))
+    return read(make(folder, **{**paper, "method": method, "split": "d", **settings}))

@@ -8,6 +8,7 @@ import pytest
 from common.errors import ConfigError
 from dsl_lab import figures, report
 from dsl_lab.runs import FinishedRun, read
+from dsl_lab.series import grouped
 from tests.finished import CSL_ROW, DSL_ROW, dsl_and_csl, make
 
 
@@ -65,7 +66,7 @@ def test_the_page_has_the_summaries_numbers(tmp_path: Path, pair: list[FinishedR
 
 
 def test_the_page_tells_its_figures_in_words(tmp_path: Path, pair: list[FinishedRun]) -> None:
-    words = [figures.render(drawing, pair, "svg")[1] for drawing in figures.DRAWINGS]
+    words = [figures.render(drawing, grouped(pair), "svg")[1] for drawing in figures.DRAWINGS]
     assert page_of(pair, tmp_path).spoken == words
 
 
@@ -83,8 +84,9 @@ def test_the_page_says_how_it_was_made(tmp_path: Path, pair: list[FinishedRun]) 
     page = page_of(pair, tmp_path)
     versions = "python 3.11.7, torch 2.12.0, grpcio 1.81.1"
     started = "2026-02-11 09:42:07+0000"
-    assert ["DSL", "a-dsl-run", started, "x86_64, 2 cores <Linux>", versions] in page.rows
+    assert ["a-dsl-run", started, "x86_64, 2 cores <Linux>", versions] in page.rows
     assert ["method", "dsl", "csl"] in page.rows
+    assert ["model", "resnet20"] in page.rows
     assert "dsl-server --name a-csl-run --method csl" in page.text
     assert str(tmp_path) not in page.text
     given = page_of(pair, tmp_path, ("dsl demo --note '<b> & more'",))
@@ -103,6 +105,14 @@ def test_many_runs_of_any_method_are_drawn(tmp_path: Path) -> None:
         read(make(tmp_path / f"{n}", method, seed=n, model="resnet1202")) for n, method in enumerate(methods)
     ]
     assert len(page_of(many, tmp_path).spoken) == len(figures.DRAWINGS)
+
+
+def test_all_forms_of_a_report_lie_side_by_side(tmp_path: Path, pair: list[FinishedRun]) -> None:
+    files = report.publish(pair, tmp_path / "out" / "paper.html")
+    names = [str(file.relative_to(tmp_path / "out")) for file in files]
+    assert names[:3] == ["paper.html", "paper.md", "paper.csv"]
+    assert names[3:] == [f"paper-figures/{drawing.name}.png" for drawing in figures.DRAWINGS]
+    assert all(file.stat().st_size for file in files)
 
 
 def test_what_cannot_be_reported_is_refused(tmp_path: Path, pair: list[FinishedRun]) -> None:

@@ -1,11 +1,12 @@
 """Run folders read: what a run counted, and what is refused. The folders are made up."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from common.errors import ConfigError
-from dsl_lab.runs import read
+from dsl_lab.runs import find, read
 from tests.finished import dsl_and_csl, make
 
 
@@ -15,7 +16,21 @@ def test_bytes_of_a_run(tmp_path: Path) -> None:
     assert (dsl.serialized_up, dsl.serialized_down) == (60_046_400, 9_000)
     assert (csl.payload_down, csl.serialized_down) == (48_000_000, 48_009_000)
     assert [e.wire.up for e in dsl.evaluations] == [30_000_000, 60_000_000]
-    assert dsl.label == "DSL · resnet20 · m · 2 clients"
+    assert (dsl.socket_up, csl.socket_up) == (60_250_000, None)
+
+
+def test_a_sweeps_folder_gives_its_finished_runs_in_order(tmp_path: Path) -> None:
+    for seed, split, method in ((0, "d", "dsl"), (1, "s", "csl"), (0, "s", "csl"), (0, "s", "dsl")):
+        make(tmp_path / f"{split}-{method}-{seed}" / "server", method, split=split, seed=seed)
+    client = make(tmp_path / "s-dsl-0" / "client-0", "dsl")
+    about = json.loads((client / "run.json").read_text())
+    (client / "run.json").write_text(json.dumps({**about, "role": "client"}))
+    half = make(tmp_path / "half" / "server", "dsl")
+    (half / "summary.json").unlink()
+    assert [run.title for run in find(tmp_path)] == ["s-csl-0", "s-csl-1", "s-dsl-0", "d-dsl-0"]
+    assert [run.folder for run in find(client)] == [client], "what is named itself is read, whatever it is"
+    with pytest.raises(ConfigError, match="holds no finished run"):
+        find(half.parent)
 
 
 @pytest.mark.parametrize("name", ["summary.json", "run.json", "metrics.jsonl"])

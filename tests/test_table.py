@@ -1,14 +1,17 @@
 """Finished runs as a table: its numbers, its widths, and the names of the runs. The runs are made up."""
 
+import csv
 import io
+import json
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from dsl_lab import table
+from dsl_lab import figures, table
 from dsl_lab.runs import FinishedRun, read
-from tests.finished import CSL_ROW, DSL_ROW, dsl_and_csl, make
+from dsl_lab.series import grouped
+from tests.finished import CSL_ROW, DSL_ROW, dsl_and_csl, make, the_papers
 
 
 @pytest.fixture
@@ -17,8 +20,59 @@ def pair(tmp_path: Path) -> list[FinishedRun]:
 
 
 def test_table_has_the_summaries_numbers(pair: list[FinishedRun]) -> None:
-    assert table.rows(pair) == [DSL_ROW, CSL_ROW]
-    assert len(table.HEADINGS) == len(DSL_ROW)
+    assert table.rows(grouped(pair)) == [DSL_ROW, CSL_ROW]
+    assert len(table.headings(grouped(pair))) == len(DSL_ROW)
+
+
+def test_seeds_are_one_row_with_a_mean_and_a_spread(tmp_path: Path) -> None:
+    seeds = [read(make(tmp_path / f"{n}", "dsl", accuracy=0.5 + n / 10, seed=n)) for n in range(3)]
+    csl = read(make(tmp_path / "csl", "csl"))
+    group = grouped([*seeds, csl])
+    assert table.headings(group)[:3] == [("", "method"), ("", "runs"), ("test accuracy", "joined")]
+    assert [row[:5] for row in table.rows(group)] == [
+        ["DSL", "3", "60.00% ± 10.00%", "55.50%", "48.02"],
+        ["CSL", "1", "61.25%", "–", "48.02"],
+    ]
+    assert "±" in table.notes(group)
+    assert "±" not in table.notes(grouped([csl]))
+
+
+def test_the_papers_numbers_stand_beside_a_run_like_the_papers(tmp_path: Path) -> None:
+    group = grouped([the_papers(tmp_path / method, method) for method in ("csl", "dsl")])
+    heads = table.headings(group)
+    csl, dsl = (dict(zip(heads, row, strict=True)) for row in table.rows(group))
+    assert (csl["test accuracy", "authors"], dsl["test accuracy", "authors"]) == ("84.48%", "85.12%")
+    assert csl["payload, MB", "paper down"] == "81,920.00"
+    assert dsl["payload, MB", "paper down"] == "0"
+    assert "arXiv 2601.19261" in table.notes(group)
+
+
+def test_tensors_are_shown_where_they_were_counted(tmp_path: Path, pair: list[FinishedRun]) -> None:
+    folder = make(tmp_path / "counted", "dsl")
+    summary = json.loads((folder / "summary.json").read_text())
+    live = {"client": 3 * 2**20, "server": 5 * 2**20, "held": 0}
+    (folder / "summary.json").write_text(json.dumps({**summary, "memory": live}))
+    counted = read(folder)
+    group = grouped([counted, pair[1]])
+    assert table.headings(group)[-3:] == [("tensors, MiB", name) for name in ("client", "server", "held")]
+    assert [row[-3:] for row in table.rows(group)] == [["3.0", "5.0", "0.0"], ["–", "–", "–"]]
+    assert "DSL client 3.0 MiB; DSL server 5.0 MiB." in spoken([counted])
+    assert "client 420.0 MiB" in spoken([counted, pair[1]]), "what not all have is not compared"
+
+
+def spoken(some: list[FinishedRun]) -> str:
+    """The memory's figure in words."""
+    (memory,) = (drawing for drawing in figures.DRAWINGS if drawing.name == "memory")
+    return figures.render(memory, grouped(some), "svg")[1]
+
+
+def test_csv_has_every_runs_own_numbers(tmp_path: Path, pair: list[FinishedRun]) -> None:
+    dsl, csl = csv.DictReader(io.StringIO(table.comma_separated(pair)))
+    assert (dsl["run"], dsl["accuracy"], dsl["client_only_accuracy"]) == ("a-dsl-run", "0.6125", "0.555")
+    assert (csl["client_only_accuracy"], csl["socket_up_bytes"]) == ("", "")
+    assert (dsl["messages_up_bytes"], csl["payload_down_bytes"]) == ("60046400", "48000000")
+    assert (dsl["client_wait_s"], dsl["server_peak_bytes"]) == ("1.5", str(1500 * 2**20))
+    assert dsl["reference_up"] == ""
 
 
 def test_markdown_has_the_table_and_says_what_a_megabyte_is(pair: list[FinishedRun]) -> None:
@@ -35,16 +89,6 @@ def test_a_console_of_any_width_gets_every_number_whole(pair: list[FinishedRun],
     assert isinstance(console.file, io.StringIO)
     words = console.file.getvalue().split()
     assert {*DSL_ROW, *CSL_ROW} <= set(words)
-
-
-def test_labels_tell_runs_apart(tmp_path: Path, pair: list[FinishedRun]) -> None:
-    assert table.labels(pair) == ["DSL", "CSL"]
-    deep = read(make(tmp_path / "deep", "dsl", split="d", clients=1))
-    assert table.labels([pair[0], deep]) == ["DSL · m · 2 clients", "DSL · d · 1 client"]
-    assert table.shared([pair[0], deep]) == "resnet20 · sample · 2 epochs"
-    again = read(make(tmp_path / "again", "dsl"))
-    assert table.labels([pair[0], again]) == ["DSL · a-dsl-run", "DSL · again"]
-    assert table.labels([again, again]) == ["DSL · again", "DSL · again #2"]
 
 
 def test_little_is_not_shown_as_nothing() -> None:

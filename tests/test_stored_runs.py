@@ -1,0 +1,118 @@
+"""The runs stored with the benchmark, reported anew: every number in every form is that of its summary.json.
+
+Read here by plain `json`, and written as numbers by this file's own hand.
+"""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsl_lab import report, table
+from dsl_lab.runs import find
+from tests.test_report import Page
+
+PAPER = Path(__file__).parent.parent / "benchmarks" / "paper"
+STORED = ("smoke", "cpu")
+
+if not PAPER.exists():
+    pytest.skip("benchmarks are not in this distribution", allow_module_level=True)
+
+
+def summaries(scale: str) -> dict[str, Any]:
+    """By the name of the run."""
+    paths = sorted((PAPER / scale).glob("*/server/summary.json"))
+    assert paths, scale
+    return {path.parent.parent.name: json.loads(path.read_text()) for path in paths}
+
+
+def cells(summary: Any) -> list[str]:
+    """A row of the table, but for the method's name."""
+    up, down, socket = (summary["wire"][key] for key in ("up", "down", "socket"))
+    alone = summary["test"]["client_only_accuracy"]
+    peak = summary["peak_bytes"]
+    return [
+        f"{100 * summary['test']['accuracy']:.2f}%",
+        "–" if alone is None else f"{100 * alone:.2f}%",
+        mb(up["activations"] + up["labels"] + up["gradients"]),
+        mb(down["activations"] + down["gradients"]),
+        mb(socket["up"]),
+        mb(socket["down"]),
+        f"{summary['seconds']['wall']:,.1f}",
+        f"{peak['client'] / 1024 / 1024:,.1f}",
+        f"{peak['server'] / 1024 / 1024:,.1f}",
+    ]
+
+
+def mb(count: int) -> str:
+    return f"{count / 1e6:,.2f}" if count >= 5000 else "<0.01" if count else "0"
+
+
+@pytest.mark.parametrize("scale", STORED)
+def test_markdown_and_page_have_every_summarys_numbers(tmp_path: Path, scale: str) -> None:
+    runs = find(PAPER / scale)
+    html, markdown, *_ = report.publish(runs, tmp_path / "report.html")
+    wanted = sorted(cells(summary) for summary in summaries(scale).values())
+    rows = [row[1:] for row in Page(html.read_text()).rows if len(row) == len(wanted[0]) + 1]
+    assert sorted(row for row in rows if row in wanted) == wanted
+    lines = [line.strip("| ").split(" | ") for line in markdown.read_text().splitlines()]
+    assert sorted(line[1:] for line in lines if line[1:] in wanted) == wanted
+
+
+@pytest.mark.parametrize("scale", STORED)
+def test_csv_has_every_summarys_numbers(scale: str) -> None:
+    lines = list(csv.DictReader(io.StringIO(table.comma_separated(find(PAPER / scale)))))
+    stored = summaries(scale)
+    assert sorted(line["run"] for line in lines) == sorted(stored)
+    for line in lines:
+        summary = stored[line["run"]]
+        wire, seconds = summary["wire"], summary["seconds"]
+        wanted = {
+            "method": summary["method"],
+            "split": summary["split"],
+            "clients": summary["clients"],
+            "seed": summary["seed"],
+            "accuracy": summary["test"]["accuracy"],
+            "client_only_accuracy": summary["test"]["client_only_accuracy"],
+            "payload_up_bytes": total(wire["up"], "activations", "labels", "gradients"),
+            "payload_down_bytes": total(wire["down"], "activations", "gradients"),
+            "messages_up_bytes": total(wire["up"], *wire["up"]),
+            "messages_down_bytes": total(wire["down"], *wire["down"]),
+            "socket_up_bytes": wire["socket"]["up"],
+            "socket_down_bytes": wire["socket"]["down"],
+            "wall_s": seconds["wall"],
+            **{f"{end}_{phase}_s": s for end in ("client", "server") for phase, s in seconds[end].items()},
+            **{f"{end}_peak_bytes": summary["peak_bytes"][end] for end in ("client", "server")},
+        }
+        told = {key: "" if value is None else str(value) for key, value in wanted.items()}
+        assert {key: line[key] for key in told} == told
+
+
+@pytest.mark.parametrize("scale", STORED)
+def test_what_is_stored_is_what_the_runs_give(scale: str) -> None:
+    """Tables, which the README shows; pictures differ with matplotlib's version."""
+    runs = find(PAPER / scale)
+    assert (PAPER / scale / "report.md").read_text() == table.markdown(runs)
+    assert (PAPER / scale / "report.csv").read_text() == table.comma_separated(runs)
+    readme = (PAPER / "README.md").read_text()
+    rows = [line for line in table.markdown(runs).splitlines() if line.startswith("| ")]
+    assert [row for row in rows if row not in readme] == []
+
+
+@pytest.mark.parametrize("scale", STORED)
+def test_decoupled_runs_send_half_of_what_conventional_ones_do(scale: str) -> None:
+    """The paper's claim, of these runs: but for labels, it is exactly half, and none of it comes down."""
+    by_name = summaries(scale)
+    for name, csl in by_name.items():
+        if "-csl-" in name:
+            dsl = by_name[name.replace("-csl-", "-dsl-")]["wire"]
+            assert dsl["down"]["gradients"] == 0
+            assert dsl["up"]["activations"] == csl["wire"]["up"]["activations"]
+            assert csl["wire"]["down"]["gradients"] == csl["wire"]["up"]["activations"]
+
+
+def total(counts: Any, *kinds: str) -> int:
+    return sum(counts[kind] for kind in kinds)
