@@ -142,9 +142,9 @@ def _forward_passes(part: ClientPart) -> Iterator[nn.Module]:
 
 
 def measurements(clock: Clock, device: torch.device) -> pb.Measurements:
-    """What this process measured. `backward` is what a step took beside its forward passes and waits;
+    """What this process measured. `backward` is what steps took beside forward passes and waiting;
     `train` the time from the first batch of an epoch to its last, and to the last receipt of all.
     """
     seconds = clock.seconds("forward", "backward", "encode", "wait", "train", "step")
-    seconds["backward"] = max(0.0, seconds.pop("step") - seconds["forward"] - seconds["wait"])
+    seconds["backward"] = max(0.0, seconds.pop("step") - seconds["forward"])
     return pb.Measurements(seconds=seconds, peak_bytes=peak_bytes(device))

@@ -137,6 +137,14 @@ class Trainer:
             self._averaged = epoch + 1
         self._keep(waypoint=True)
 
+    def _step(self, x: Tensor, y: Tensor, wire: Callable[[Sent], Tensor | None]) -> Tensor | None:
+        """A step of the method's; its time is what it took beside waiting."""
+        start, waited = time.perf_counter(), self._clock.seconds("wait")["wait"]
+        loss = run_step(self._method.client_step(self._part, x, y), wire)
+        waited = self._clock.seconds("wait")["wait"] - waited
+        self._clock.add("step", time.perf_counter() - start - waited)
+        return loss
+
     def _epoch(self, epoch: int, data: Batches, on_step: Callable[[Step], None]) -> None:
         """Trains on each batch that is left, once."""
         batches, method = len(data), self._method
@@ -147,10 +155,8 @@ class Trainer:
         for index, (x, y) in enumerate(data.epoch(epoch, self._batch), self._batch):
             rate = learning_rate(self._run, progress_of(self._run, epoch, index, batches))
             set_learning_rate(self._part.optimizer, rate)
-            start = time.perf_counter()
             wire = partial(_finite, paced) if paced and index in sent else _nowhere
-            loss = run_step(method.client_step(self._part, x, y), wire)
-            self._clock.add("step", time.perf_counter() - start)
+            loss = self._step(x, y, wire)
             if loss is not None:
                 self._total = loss * len(y) + (0 if self._total is None else self._total)
             self._batch = index + 1

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +13,19 @@ from typing import Any
 import pytest
 
 from common.errors import ConfigError
+from common.meter import Clock, Traffic
+from common.methods import build_method
+from common.nets.cut import build
+from common.parts import client_part
 from common.run import Run
 from common.rundir import RunFolder
+from dsl_client.client import measurements
+from dsl_client.connection import Connection
+from dsl_client.trainer import Trainer
 from dsl_server.server import Server
-from tests.federation import CPU, small_run
+from tests.federation import CPU, Batches, connect, serving, small_run, spec_of, train
 from tests.ordinary import Ordinary, smashed
-from tests.threads import in_thread
+from tests.threads import in_thread, wait_for
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -75,3 +83,27 @@ def test_a_process_that_ends_in_the_midst_of_a_step_ends_with_its_own_code(
     assert process.running.returncode == code, words
     assert "terminate called" not in words
     client.close()
+
+
+# ---------------------------------------------------------------- what its clients say of their time
+
+
+def test_waiting_for_the_others_is_not_taken_off_the_time_of_the_steps(tmp_path: Path) -> None:
+    run = small_run(clients=2, sync="average", epochs=1)
+    clock, data = Clock(), Batches(run, 0, 16)
+    with serving(run, tmp_path) as server:
+        waits = Connection(f"127.0.0.1:{server.port}", Traffic(), clock)
+        method, client = build_method(run), waits.join("waits", patience=10).client
+        part = client_part(run, method, build(run), CPU)
+        training = in_thread(Trainer(run, client, method, part, waits, spec_of(run), clock).train, data, data)
+        late, index = connect(server, "late")
+        wait_for(lambda: clock.seconds("train")["train"] > 0)  # its steps are over: it waits for the late one
+        time.sleep(0.5)
+        train(run, late, index, data, data)
+        training.result(timeout=10)
+        measured = measurements(clock, CPU).seconds
+        waits.leave(measurements(clock, CPU))
+        waits.close()
+        late.close()
+    assert measured["wait"] > 0.5
+    assert 0 < measured["backward"] < measured["train"]
