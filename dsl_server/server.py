@@ -80,6 +80,7 @@ class Server:
         self.run, self._folder, self._on_lost, self._on_trouble = run, folder, on_lost, on_trouble
         if run.deterministic:
             torch.set_num_threads(1)
+        torch.manual_seed(run.seed)  # for dropout
         self.method = build_method(run)
         net = build(run)
         self.part = server_part(run, self.method, net, device)
@@ -142,6 +143,7 @@ class Server:
             self._audit,
             guard,
             self._saver,
+            net.fingerprint,
         )
         if saved:
             self._restore(saved, part_specs)

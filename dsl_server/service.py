@@ -82,10 +82,11 @@ class Service:
         audit: Audit,
         guard: Guard | None,
         saver: Saver | Unsaved,
+        network: str = "",
     ) -> None:
         self._run, self._method, self._spec, self._part_specs = run, method, spec, part_specs
         self._inbox, self._rounds, self._record, self._clock = inbox, rounds, record, clock
-        self._audit, self._guard, self._saver = audit, guard, saver
+        self._audit, self._guard, self._saver, self._network = audit, guard, saver, network
         self._last: dict[int, Job] = {}  # client to what it sent last, where it may have to be told once more
         self._contexts: dict[str, Context] = {}  # session to the call of its open segment
         self._kept_bytes = Counter[int]()  # by client: received since a checkpoint was last asked for
@@ -139,6 +140,7 @@ class Service:
             session=member.session,
             run_id=self._rounds.ledger.run_id,
             received=member.account.received.sequence,
+            network=self._network,
         )
         yield pb.JoinResponse(welcome=welcome)
         durable = 0
