@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from common.errors import ConfigError
 from common.methods.base import ClientPart, Method, Part, ServerPart, Stage, Tail
 from common.nets.cut import CutNet, slices
 from common.optim import sgd
@@ -32,10 +33,18 @@ def server_part(run: Run, method: Method, net: CutNet, device: torch.device) -> 
     return ServerPart(top, sgd(_parameters(learned), run), chance, inner, last, head)
 
 
-def after_cut(net: CutNet, method: Method) -> tuple[nn.Sequential, nn.Sequential]:
-    """The layers after the cut: those of the server, and those that the client has."""
-    servers = {Tail.NONE: len(net.top), Tail.LAST: len(net.top) - 1, Tail.ALL: 0}[method.tail]
-    return net.top[:servers], net.top[servers:]
+def after_cut(net: CutNet, method: Method) -> tuple[nn.Module, nn.Module]:
+    """The layers after the cut: those of the server, and those that the client has.
+
+    Raises ConfigError where the client is to have the last ones, and the network's are not known one by one.
+    """
+    if method.tail is Tail.NONE:
+        return net.top, nn.Sequential()
+    if method.tail is Tail.ALL:
+        return nn.Sequential(), net.top
+    if not isinstance(net.top, nn.Sequential):
+        raise ConfigError(f"--method {method.name}: cuts off the last layer, which only a resnetN lets it do")
+    return net.top[:-1], net.top[-1:]
 
 
 def state_of(part: Part, momentum: bool = True) -> State:
@@ -100,11 +109,12 @@ def average(states: Sequence[Mapping[str, Tensor]], samples: Sequence[int]) -> S
 
 
 def _stages(
-    layers: nn.Sequential, heads: Sequence[nn.Module], device: torch.device
+    layers: nn.Module, heads: Sequence[nn.Module], device: torch.device
 ) -> tuple[list[Stage], nn.Module | None]:
     """The slices that have heads of their own, and the last one, where the layers are cut again."""
     if not heads:
         return [], None
+    assert isinstance(layers, nn.Sequential), "only a resnetN is cut again"
     *inner, last = slices(layers, len(heads) + 1)
     return [Stage(some, head.to(device)) for some, head in zip(inner, heads, strict=True)], last
 

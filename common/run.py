@@ -72,9 +72,12 @@ class Run:
     method_arg: tuple[str, ...] = ()
     """The method's own settings, such as alpha=1.0 phi=0.5. In a file: the [method] table, beside name."""
     model: str = "resnet20"
-    """The network: resnet20, 32, 44, 56, 110, or any other 6n+2."""
+    """The network: resnet20, 32, 44, 56, 110, or any other 6n+2; torchvision:NAME, timm:NAME, or
+    package.module:function, which builds an nn.Module (docs/networks.md)."""
     split: str = "m"
-    """Where it is cut: s, m, d (12/54, 17/54, 26/54 of the blocks at the client) or a block count."""
+    """Where a resnetN is cut: s, m, d (12/54, 17/54, 26/54 of the blocks at the client) or a block count."""
+    cut: str = ""
+    """The layer after which any other network is cut, such as layer2: dsl cuts lists them."""
     head: str = "gap"
     """The client's auxiliary head: gap, flat, mlp, conv, strided, copy or infopro, where a client has one."""
     client_modules: int = 1
@@ -186,6 +189,11 @@ class Run:
     def class_count(self) -> int:
         """As said, or the data set's."""
         return KNOWN_DATA.get(self.data, _OTHER_DATA)[1] if self.classes is None else self.classes
+
+    @property
+    def place(self) -> str:
+        """Where the network is cut, for people."""
+        return self.cut or self.split
 
     @property
     def least_clients(self) -> int:

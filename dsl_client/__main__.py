@@ -34,6 +34,9 @@ class Options:
     data: str | None = None
     """Where the data is here, if not where the run says: sample, fashion-mnist, cifar10, cifar100,
     npz:FILE or folder:DIR."""
+    model: str | None = None
+    """Code of yours that the run may build its network with: package.module:function, as the server's --model
+    says. No server can have this machine import a module that is not named here."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda or cuda:N."""
     out: Path | None = None
@@ -66,7 +69,13 @@ def _main(arguments: list[str]) -> int:
     with Progress(PROGRAM) as progress:
         memory = Memory(options.state, on_trouble=progress.log)
         client = Client(
-            options.server, name, cli.device_of(options.device), options.data, credentials, memory
+            options.server,
+            name,
+            cli.device_of(options.device),
+            options.data,
+            credentials,
+            memory,
+            options.model,
         )
         try:
             progress.show(f"waiting for the server at {options.server}")
@@ -91,7 +100,7 @@ def _main(arguments: list[str]) -> int:
 def _joined(client: "Client", run: "Run", server: str) -> str:
     return (
         f"client {client.index} of {run.clients} at {server}: {run.method} on {run.model} cut at "
-        f"{run.split}, {run.epochs} epoch{'s' if run.epochs > 1 else ''} of {run.data}"
+        f"{run.place}, {run.epochs} epoch{'s' if run.epochs > 1 else ''} of {run.data}"
     )
 
 

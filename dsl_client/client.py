@@ -10,11 +10,12 @@ from torch import nn
 
 from common import checkpoint
 from common.disk import until_written
-from common.errors import SplitLearningError
+from common.errors import ConfigError, SplitLearningError
 from common.meter import Clock, Traffic, peak_bytes
 from common.methods import build_method
 from common.methods.base import ClientPart
-from common.nets.cut import build
+from common.nets.cut import CutNet, build
+from common.nets.named import is_own, versions
 from common.parts import client_part
 from common.run import Run
 from common.rundir import RunFolder
@@ -31,7 +32,7 @@ from dsl_client.trainer import Scored, Step, Trainer
 
 class Client:
     """`source`: where the data is, if not where the run says. memory: what it remembers of the run, if it has
-    been a member before."""
+    been a member before. model: code of this side's own that the run may build its network with."""
 
     def __init__(
         self,
@@ -41,9 +42,10 @@ class Client:
         source: str | None = None,
         credentials: Credentials | None = None,
         memory: Memory | None = None,
+        model: str | None = None,
     ) -> None:
         self._memory = memory or Memory()
-        self._name, self._device, self._source = name, device, source
+        self._name, self._device, self._source, self._model = name, device, source, model
         self.traffic, self._clock = Traffic(), Clock()
         self._connection = Connection(target, self.traffic, self._clock, credentials, self._memory)
         self.index = -1
@@ -52,7 +54,7 @@ class Client:
         """The run that this client is now a member of. Raises RefusedError or ClosedError."""
         self._goes_on = bool(self._memory.run_id)  # a process before this one has been in it
         welcome = self._connection.join(self._name, patience, takeover)
-        self.run, self.index = Run.from_json(welcome.run), welcome.client
+        self.run, self.index, self._network = Run.from_json(welcome.run), welcome.client, welcome.network
         return self.run
 
     def train(
@@ -66,8 +68,9 @@ class Client:
         run, method = self.run, build_method(self.run)
         if run.deterministic:
             torch.set_num_threads(1)
+        torch.manual_seed(run.seed + 1 + self.index)  # for dropout
         folder = RunFolder(out, run, f"client-{self.index}", self._goes_on)
-        net = build(run)
+        net = self._built()
         self.part = client_part(run, method, net, self._device)
         for module in _forward_passes(self.part):
             self._clock.module("forward", module)
@@ -103,6 +106,22 @@ class Client:
     def close(self, failure: SplitLearningError | str = "") -> None:
         """Ends the membership; tells the server of a failure."""
         self._connection.close(str(failure))
+
+    def _built(self) -> CutNet:
+        """The network that the server has built. Raises ConfigError where it cannot be had here."""
+        model = self.run.model
+        if is_own(model) and model != self._model:
+            raise ConfigError(
+                f"the server's run is of --model {model}, and it is not for a server to say which code runs "
+                f"here: if it may, start dsl-client with --model {model}"
+            )
+        net = build(self.run)
+        if self._network and self._network != net.fingerprint:
+            raise ConfigError(
+                f"this client builds another network than the server from --model {model} cut at "
+                f"{self.run.place}: install what is installed there (here: {versions(model)})"
+            )
+        return net
 
     def _batches(self) -> tuple[Batches, Batches]:
         run, size = self.run, self.run.batch_size

@@ -11,6 +11,7 @@ from rich.console import Console
 from common import cli
 from common.errors import ConfigError
 from dsl_lab import certs
+from dsl_lab.cuts import Cuts, cuts
 from dsl_lab.demo import Demo, demo
 from dsl_lab.paper import Paper, paper
 
@@ -49,6 +50,7 @@ Command = (
     | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Methods, tyro.conf.subcommand("methods")]
+    | Annotated[Cuts, tyro.conf.subcommand("cuts")]
     | Annotated[certs.Certs, tyro.conf.subcommand("certs")]
 )
 
@@ -68,6 +70,9 @@ def _main(arguments: list[str]) -> int:
         from dsl_lab import methods  # imports torch
 
         methods.show(console)
+        return 0
+    if isinstance(command, Cuts):
+        cuts(command, console)
         return 0
     if isinstance(command, certs.Certs):
         certs.run(command.command)

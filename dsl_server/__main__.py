@@ -113,7 +113,7 @@ def _greeting(options: Options, run: Run, port: int, device: str) -> str:
     host = "THIS-HOST" if host in ("0.0.0.0", "[::]") else host
     also = " --certs FOLDER" if options.certs else " --insecure" if options.insecure else ""
     return (
-        f"{run.method} on {run.model} cut at {run.split}, {device}, listening on {options.listen}; "
+        f"{run.method} on {run.model} cut at {run.place}, {device}, listening on {options.listen}; "
         f"waiting for {run.clients} client{'s' if run.clients > 1 else ''}: "
         f"dsl-client --server {host}:{port}{also}"
     )

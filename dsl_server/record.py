@@ -156,7 +156,7 @@ class Record:
         summary = {
             "method": run.method,
             "model": run.model,
-            "split": run.split,
+            "split": run.place,
             "cut_shape": list(self._cut_shape),
             "clients": run.clients,
             "epochs": run.epochs,

@@ -80,8 +80,7 @@ class Server:
     ) -> None:
         run = settled(run)
         self.run, self._folder, self._on_lost, self._on_trouble = run, folder, on_lost, on_trouble
-        if run.deterministic:
-            torch.set_num_threads(1)
+        torch.manual_seed(run.seed)  # for dropout
         self.method = build_method(run)
         net = build(run)
         self.part = server_part(run, self.method, net, device)
@@ -145,6 +144,7 @@ class Server:
             guard,
             self._saver,
             self._intake,
+            net.fingerprint,
         )
         if saved:
             self._restore(saved, part_specs)
@@ -295,6 +295,8 @@ class Server:
         self._on_lost(reason)
 
     def _train(self) -> None:
+        if self.run.deterministic:
+            torch.set_num_threads(1)  # each thread has its own number
         try:
             self._trainer.train(self.inbox, self.record.trained)
         except SplitLearningError as error:

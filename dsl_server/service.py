@@ -77,10 +77,12 @@ class Service:
         guard: Guard | None,
         saver: Saver | Unsaved,
         intake: Intake,
+        network: str = "",
     ) -> None:
         self._run, self._method, self._spec, self._part_specs = run, method, spec, part_specs
         self._inbox, self._rounds, self._record = inbox, rounds, record
         self._audit, self._guard, self._saver, self._intake = audit, guard, saver, intake
+        self._network = network
         self._contexts: dict[str, Context] = {}  # session to the call of its open segment
 
     def Join(self, request: pb.JoinRequest, context: Context) -> Iterator[pb.JoinResponse]:
@@ -107,6 +109,7 @@ class Service:
             session=member.session,
             run_id=self._rounds.ledger.run_id,
             received=member.account.received.sequence,
+            network=self._network,
         )
         yield pb.JoinResponse(welcome=welcome)
         durable = 0

@@ -16,7 +16,7 @@ from common.errors import ClosedError
 from common.meter import Clock, Traffic
 from common.methods import build_method, settled
 from common.methods.base import ClientPart
-from common.nets.cut import build
+from common.nets.cut import CutNet, build
 from common.parts import client_part
 from common.run import Run
 from common.rundir import RunFolder
@@ -95,14 +95,17 @@ def connect(
     return connection, connection.join(name, patience=10).client
 
 
-def train(run: Run, connection: Connection, client: int, data: Batches, test: Batches) -> ClientPart:
+def train(
+    run: Run, connection: Connection, client: int, data: Batches, test: Batches, net: CutNet | None = None
+) -> ClientPart:
     """One client, from its first epoch to its goodbye; its part. Tells the server if it fails."""
     from dsl_client.client import measurements
 
-    method, clock = build_method(run), Clock()
-    part = client_part(run, method, build(run), CPU)
+    torch.set_num_threads(1)  # of this thread, too: each has its own number
+    method, clock, net = build_method(run), Clock(), net or build(run)
+    part, spec = client_part(run, method, net, CPU), batch_spec(run, method, net)
     try:
-        Trainer(run, client, method, part, connection, spec_of(run), clock).train(data, test)
+        Trainer(run, client, method, part, connection, spec, clock).train(data, test)
         connection.leave(measurements(clock, CPU))
     except BaseException as error:
         connection.close(str(error) or type(error).__name__)
@@ -123,9 +126,11 @@ def federation(
     with serving(run, folder, own) as server, ThreadPoolExecutor(len(data)) as pool:
         names = [f"client-{index}" for index in range(len(data))]
         theirs = [certs and Credentials.read(certs / "clients" / name, "client") for name in names]
+        nets = [build(run) for _ in data]  # by one thread: most networks draw from the generator of all
         members = [connect(server, *who) for who in zip(names, theirs, strict=True)]
         parts: list[Future[ClientPart]] = [
-            pool.submit(train, run, connection, client, data[client], test) for connection, client in members
+            pool.submit(train, run, connection, client, data[client], test, nets[client])
+            for connection, client in members
         ]
         results = [part.result(timeout=60) for part in parts]
         assert server.wait(timeout=10), "every client has left"

@@ -8,14 +8,17 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, pairwise
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common.errors import ConfigError
+from common.nets.graph import cut_at, fingerprint
 from common.nets.heads import Cut, Shape, build_head
+from common.nets.named import build_named, example_of, is_named
 from common.nets.resnet import Block, resnet
 from common.run import Run
 
@@ -27,25 +30,60 @@ SPLITS = {"s": 12 / 54, "m": 17 / 54, "d": 26 / 54}
 
 @dataclass(frozen=True)
 class CutNet:
-    """The two parts, the client's head, and the shape of one sample's activations (C, H, W).
+    """The two parts, the client's head, and the shape of one sample's activations (C, H, W), or another.
 
+    The parts of a resnetN are sequences of its blocks, those of other networks are not (graph.py).
     bottom_heads, top_heads: of every slice but the last, where a part is cut again.
     """
 
-    bottom: nn.Sequential
-    top: nn.Sequential
+    bottom: nn.Module
+    top: nn.Module
     head: nn.Module
     cut_shape: Shape
     bottom_heads: Sequence[nn.Module] = ()
     top_heads: Sequence[nn.Module] = ()
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """The same where both ends have built the same network, and cut it at the same place."""
+        return fingerprint([self.bottom, self.top])
+
 
 def build(run: Run) -> CutNet:
     """The run's network, cut. The same run gives the same weights on every machine.
 
-    Raises ConfigError when the model, the split or the head does not exist.
+    Raises ConfigError when the model, the split, the cut or the head does not exist.
     """
+    return _of_any(run) if is_named(run.model) else _of_resnet(run)
+
+
+def _of_any(run: Run) -> CutNet:
+    """A network by name, cut at a layer by name."""
+    if not run.cut:
+        raise ConfigError(f"--model {run.model} needs --cut LAYER: dsl cuts --model {run.model} lists them")
+    if run.split != "m":
+        raise ConfigError(f"--split {run.split}: only for resnetN; {run.model} is cut by --cut {run.cut}")
+    if max(run.client_modules, run.server_modules) > 1:
+        raise ConfigError(f"--client-modules, --server-modules: only for resnetN, not for {run.model}")
+    net = build_named(run.model, run.class_count, run.image_shape[0], run.seed)
+    example = example_of(net, run.image_shape)
+    halves = cut_at(run.model, net, example, run.cut)
+    classes = shape_after(halves.top, halves.shape)[0]
+    if classes != run.class_count:
+        raise ConfigError(
+            f"--model {run.model}: gives {classes} logits, and the run has {run.class_count} classes: have "
+            "its function take num_classes, or say --classes"
+        )
+    cut = Cut(halves.shape, run.image_shape, run.class_count, nn.Sequential())
+    head = initialise(build_head(run.head, cut), torch.Generator().manual_seed(run.seed))
+    return CutNet(halves.bottom, halves.top, head, halves.shape)
+
+
+def _of_resnet(run: Run) -> CutNet:
+    """A resnetN, cut after so many of its blocks."""
     depth = depth_of(run.model)
+    if run.cut:
+        raise ConfigError(f"--cut {run.cut}: {run.model} is cut by --split s, m, d or a number of blocks")
     blocks = blocks_at_client(run.model, run.split)
     generator = torch.Generator().manual_seed(run.seed)  # our own: other threads draw from the global one
     net = initialise(resnet(depth, run.class_count, run.image_shape[0]), generator)
@@ -72,9 +110,9 @@ def shape_after(layers: nn.Module, shape: Shape) -> Shape:
     """What the layers make of one sample of this shape."""
     layers.eval()  # a pass in train mode would move the BatchNorm statistics
     with torch.no_grad():
-        _, channels, height, width = layers(torch.zeros(1, *shape)).shape
+        out: Tensor = layers(torch.zeros(1, *shape))
     layers.train()
-    return channels, height, width
+    return tuple(out.shape[1:])
 
 
 def initialise(net: M, generator: torch.Generator) -> M:
@@ -96,7 +134,10 @@ def depth_of(model: str) -> int:
     match = re.fullmatch(r"resnet(\d{1,4})", model)
     depth = int(match[1]) if match else 0
     if depth < 8 or depth % 6 != 2:
-        raise ConfigError(f"--model {model!r}: choose resnetN with N = 20, 32, 44, 56, 110 or other 6n+2")
+        raise ConfigError(
+            f"--model {model!r}: choose resnetN with N = 20, 32, 44, 56, 110 or other 6n+2; or "
+            "torchvision:NAME, timm:NAME or package.module:function"
+        )
     return depth
 
 

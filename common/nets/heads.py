@@ -1,7 +1,8 @@
 """Auxiliary heads: what a client learns from when nothing comes back.
 
-Each takes activations z (B, C, H, W) and gives logits (B, classes). None may change z in place:
-z is being sent while the head works on it.
+Each takes activations z (B, C, H, W) and gives logits (B, classes); `gap` and `flat` also take tokens
+(B, T, D) and rows (B, N), which networks by name may have at the cut. None may change z in place: z is being
+sent while the head works on it.
 """
 
 import math
@@ -17,21 +18,26 @@ from common.errors import ConfigError
 from common.nets.resnet import Block
 from common.run import MEAN, STD
 
-Shape = tuple[int, int, int]
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Cut:
     """What a head may know of where it stands: one sample's activations and image, and what follows."""
 
-    shape: Shape  # of z (C, H, W)
+    shape: Shape  # of z (C, H, W); or (T, D), or (N,)
     image: Shape  # (channels, height, width)
     classes: int
     following: nn.Sequential  # only its architecture is read
 
 
 def gap(cut: Cut) -> nn.Module:
-    """Global average pool and one linear layer: C * classes + classes parameters."""
+    """Global average pool and one linear layer: C * classes + classes parameters.
+
+    Of tokens it is their mean; rows are taken as they are.
+    """
+    if len(cut.shape) < 3:
+        return nn.Sequential(_Mean(), nn.Linear(cut.shape[-1], cut.classes))
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(cut.shape[0], cut.classes))
 
 
@@ -154,6 +160,13 @@ def local_loss(head: nn.Module, z: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return head.loss(z, x, y) if isinstance(head, InfoPro) else F.cross_entropy(head(z), y)
 
 
+class _Mean(nn.Module):
+    """Of tokens (B, T, D) -> (B, D); of rows (B, N) themselves."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z.mean(1) if z.dim() == 3 else z
+
+
 def _mlp(widths: list[int]) -> list[nn.Module]:
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(widths):
@@ -193,4 +206,11 @@ def build_head(name: str, cut: Cut) -> nn.Module:
     """The head of this name for this cut. Raises ConfigError."""
     if name not in HEADS:
         raise ConfigError(f"--head {name!r}: choose from {', '.join(HEADS)}")
+    if name not in ("gap", "flat") and len(cut.shape) != 3:
+        raise ConfigError(
+            f"--head {name}: takes maps (C, H, W), and at this cut {list(cut.shape)} crosses; choose gap or "
+            "flat"
+        )
+    if name == "copy" and not any(isinstance(layer, Block) for layer in cut.following):
+        raise ConfigError("--head copy: copies the blocks of a resnetN, and none follow; choose another")
     return HEADS[name](cut)

@@ -101,20 +101,22 @@ class Durable(_message.Message):
     def __init__(self, sequence: _Optional[int] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("version", "run", "client", "session", "run_id", "received")
+    __slots__ = ("version", "run", "client", "session", "run_id", "received", "network")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    NETWORK_FIELD_NUMBER: _ClassVar[int]
     version: int
     run: str
     client: int
     session: str
     run_id: str
     received: int
-    def __init__(self, version: _Optional[int] = ..., run: _Optional[str] = ..., client: _Optional[int] = ..., session: _Optional[str] = ..., run_id: _Optional[str] = ..., received: _Optional[int] = ...) -> None: ...
+    network: str
+    def __init__(self, version: _Optional[int] = ..., run: _Optional[str] = ..., client: _Optional[int] = ..., session: _Optional[str] = ..., run_id: _Optional[str] = ..., received: _Optional[int] = ..., network: _Optional[str] = ...) -> None: ...
 
 class Segment(_message.Message):
     __slots__ = ("session", "epoch", "first_sequence", "batches", "samples", "first_epoch", "place")
