@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from common.errors import ConfigError
 from common.methods.base import ClientPart, Method, Part, ServerPart, Stage, Tail
 from common.nets.cut import CutNet, slices
+from common.nets.recompute import Recomputed, segments
+from common.nets.resnet import Block
 from common.optim import sgd
 from common.run import Run
 
@@ -16,10 +18,18 @@ Spec = tuple[torch.dtype, tuple[int, ...]]
 
 
 def client_part(run: Run, method: Method, net: CutNet, device: torch.device) -> ClientPart:
+    """Raises ConfigError where --keep-blocks keeps all that there are."""
     bottom = net.bottom.to(device)
     head = net.head.to(device) if method.local_loss else None
     tail = after_cut(net, method)[1].to(device) if method.tail is not Tail.NONE else None
     inner, last = _stages(bottom, net.bottom_heads, device)
+    if run.keep_blocks:
+        if not isinstance(bottom, nn.Sequential):
+            raise ConfigError(f"--keep-blocks: {run.model} has no blocks that are known; only a resnetN has")
+        _check_blocks(run, bottom)
+        inner = [Stage(_recomputed(run, stage.layers), stage.head) for stage in inner]
+        last = _recomputed(run, last) if last is not None else None
+        bottom = bottom if inner else _recomputed(run, bottom)
     learned = [bottom, head, *(stage.head for stage in inner), tail]
     return ClientPart(bottom, head, sgd(_parameters(learned), run), tail, inner, last)
 
@@ -55,6 +65,16 @@ def state_of(part: Part, momentum: bool = True) -> State:
         for key, tensor in module.state_dict().items()
     }
     return state | (dict(_momentum(part)) if momentum else {})
+
+
+def kept_by(part: Part) -> Iterator[Tensor]:
+    """Every tensor that the part keeps from one step to the next: of its weights, also the gradients."""
+    for module in part.modules.values():
+        yield from module.buffers()
+        for parameter in module.parameters():
+            yield from (parameter,) if parameter.grad is None else (parameter, parameter.grad)
+    for state in part.optimizer.state.values():
+        yield from (tensor for tensor in state.values() if isinstance(tensor, Tensor))
 
 
 def averaged_state(part: ClientPart, method: Method) -> State:
@@ -117,6 +137,21 @@ def _stages(
     assert isinstance(layers, nn.Sequential), "only a resnetN is cut again"
     *inner, last = slices(layers, len(heads) + 1)
     return [Stage(some, head.to(device)) for some, head in zip(inner, heads, strict=True)], last
+
+
+def _recomputed(run: Run, layers: nn.Module) -> Recomputed:
+    assert isinstance(layers, nn.Sequential), "a bottom, or a slice of it"
+    return Recomputed(segments(layers, run.keep_blocks))
+
+
+def _check_blocks(run: Run, bottom: nn.Sequential) -> None:
+    largest = slices(bottom, run.client_modules)[0]
+    blocks = sum(isinstance(layer, Block) for layer in largest)
+    if run.keep_blocks >= blocks:
+        raise ConfigError(
+            f"--keep-blocks {run.keep_blocks}: no module of the client has more blocks than {blocks}, and so "
+            "nothing would be made again; choose fewer, or 0"
+        )
 
 
 def _parameters(modules: Sequence[nn.Module | None]) -> list[nn.Parameter]:

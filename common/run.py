@@ -84,6 +84,9 @@ class Run:
     """Cut the client's part again into so many modules, each learning from a head of its own."""
     server_modules: int = 1
     """Likewise the server's part."""
+    keep_blocks: int = 0
+    """Gradient checkpointing: keep the activations of so many of the client's blocks at a time; the backward
+    pass makes those of the others again. 0: of all."""
     clients: int = 1
     """How many clients make the run."""
     sync: Sync = "auto"
@@ -173,6 +176,8 @@ class Run:
     """In fixed order: seconds that batches wait for a client that is late, if the others are a quorum; 0:
     as long as it takes. Such a run repeats bit for bit only if nobody is late. ushape: seconds for which
     the server waits for a gradient; then that client is lost."""
+    measure_memory: bool = False
+    """Count the bytes of live tensors in the first three steps of each side, into summary.json."""
     on_nonfinite: OnNonfinite = "halt"
     """Where a step of the server comes to a loss or gradients that are not finite: halt ends the run; skip
     leaves the step out, as if it had not been, and counts it."""
@@ -285,6 +290,7 @@ class Run:
 _LEAST = {
     "client_modules": 1,
     "server_modules": 1,
+    "keep_blocks": 0,
     "clients": 1,
     "epochs": 1,
     "batch_size": 1,

@@ -11,6 +11,7 @@ from torch import nn
 from common import checkpoint
 from common.disk import until_written
 from common.errors import ConfigError, SplitLearningError
+from common.live import Gauge
 from common.meter import Clock, Traffic, peak_bytes
 from common.methods import build_method
 from common.methods.base import ClientPart
@@ -72,6 +73,8 @@ class Client:
         folder = RunFolder(out, run, f"client-{self.index}", self._goes_on)
         net = self._built()
         self.part = client_part(run, method, net, self._device)
+        gauge = Gauge(self._device) if run.measure_memory else None
+        method = gauge.around(method) if gauge else method
         for module in _forward_passes(self.part):
             self._clock.module("forward", module)
         spec = batch_spec(run, method, net)
@@ -83,7 +86,7 @@ class Client:
 
         trainer = Trainer(run, self.index, method, self.part, self._connection, spec, self._clock, on_choice)
         trainer.train(train, test, on_step, scored)
-        measured = measurements(self._clock, self._device)
+        measured = measurements(self._clock, self._device, gauge)
         self._connection.leave(measured)
         checkpoint.save(folder.path / "checkpoint", self.part, {"run": asdict(run), "client": self.index})
         folder.write_summary(
@@ -93,6 +96,7 @@ class Client:
                 "wire": self.traffic.by_kind(),
                 "seconds": dict(measured.seconds),
                 "peak_bytes": measured.peak_bytes,
+                **({"memory": dict(measured.memory)} if gauge else {}),
                 **({"batches": dict(trainer.pace.counts)} if trainer.pace else {}),
             }
         )
@@ -160,10 +164,11 @@ def _forward_passes(part: ClientPart) -> Iterator[nn.Module]:
     yield from filter(None, [part.outermost, part.head, part.tail])
 
 
-def measurements(clock: Clock, device: torch.device) -> pb.Measurements:
+def measurements(clock: Clock, device: torch.device, gauge: Gauge | None = None) -> pb.Measurements:
     """What this process measured. `backward` is what steps took beside forward passes and waiting;
     `train` the time from the first batch of an epoch to its last, and to the last receipt of all.
     """
     seconds = clock.seconds("forward", "backward", "encode", "wait", "train", "step")
     seconds["backward"] = max(0.0, seconds.pop("step") - seconds["forward"])
-    return pb.Measurements(seconds=seconds, peak_bytes=peak_bytes(device))
+    memory = {"peak": gauge.peak, "held": gauge.held} if gauge else {}
+    return pb.Measurements(seconds=seconds, peak_bytes=peak_bytes(device), memory=memory)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from google.protobuf.json_format import MessageToDict, ParseDict
 
+from common.live import Gauge
 from common.meter import Clock, Traffic, peak_bytes
 from common.nets.heads import Shape
 from common.run import Run
@@ -17,6 +18,7 @@ from common.wire import split_learning_pb2 as pb
 from dsl_server.kernel import Sockets
 
 _CLIENT_PHASES = ("forward", "backward", "encode", "wait")
+_INSTANTS = ("peak", "held")
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,10 @@ class Record:
         sockets: Sockets,
         clock: Clock,
         device: torch.device,
+        gauge: Gauge | None = None,
     ) -> None:
         self._run, self._cut_shape, self._folder, self._device = run, cut_shape, folder, device
-        self._traffic, self._sockets, self._clock = traffic, sockets, clock
+        self._traffic, self._sockets, self._clock, self._gauge = traffic, sockets, clock, gauge
         self._start: float | None = None
         self._lock = threading.Lock()
         self._epochs: dict[int, dict[int, Evaluation]] = {}  # by epoch and client
@@ -171,6 +174,7 @@ class Record:
                 "client": max((m.peak_bytes for m in self._measurements), default=0),
                 "server": peak_bytes(self._device),
             },
+            **({"memory": self._memory(self._gauge)} if self._gauge else {}),
         }
         self._folder.write_summary(summary)
         return summary
@@ -178,6 +182,12 @@ class Record:
     def _client_seconds(self) -> dict[str, float]:
         n = max(1, len(self._measurements))
         return {phase: sum(m.seconds[phase] for m in self._measurements) / n for phase in _CLIENT_PHASES}
+
+    def _memory(self, gauge: Gauge) -> dict[str, int]:
+        """Live bytes: the largest client's peak, the server's, and the most that a client held while it
+        waited for an answer."""
+        theirs = {name: max((m.memory[name] for m in self._measurements), default=0) for name in _INSTANTS}
+        return {"client": theirs["peak"], "server": gauge.peak, "held": theirs["held"]}
 
     def _seconds(self) -> dict[str, float]:
         seconds = self._clock.seconds("forward", "step", "decode", "idle")

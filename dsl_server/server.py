@@ -18,6 +18,7 @@ from grpc_reflection.v1alpha import reflection
 from common import checkpoint
 from common.checkpoint import Checkpoints, Saved
 from common.errors import ClosedError, ConfigError, SplitLearningError, StaleError
+from common.live import Gauge
 from common.meter import Clock, Traffic
 from common.methods import build_method, settled
 from common.methods.base import Gather
@@ -89,7 +90,8 @@ class Server:
             self._clock.module("forward", layers)
         on_disk = run.replay and run.replay_on == "disk"
         shelf = DiskShelf(folder.path / "replay") if on_disk else None
-        self.hosting = Hosting(run, self.method, self.part, shelf)
+        gauge = Gauge(device) if run.measure_memory else None
+        self.hosting = Hosting(run, gauge.around(self.method) if gauge else self.method, self.part, shelf)
         rounds = self.method.copies or self.method.round_step is not None  # something is done at their end
         together = self.method.gather is Gather.ALL or rounds or run.fixed_order
         in_turn = together and run.sync != "relay"  # whose turns are an order already
@@ -112,7 +114,9 @@ class Server:
             ledger = Ledger.restored(run.clients, saved.facts["rounds"]["ledger"], binding)
         self.rounds = Rounds(run, self._close, self._lose, ledger)
         self.sockets = Sockets()
-        self.record = Record(run, net.cut_shape, folder, self.traffic, self.sockets, self._clock, device)
+        self.record = Record(
+            run, net.cut_shape, folder, self.traffic, self.sockets, self._clock, device, gauge
+        )
         self._saver = self._made_saver() if run.lasts else Unsaved()
         self._trainer = Trainer(
             self.hosting,

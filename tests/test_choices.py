@@ -18,7 +18,7 @@ from common.wire.codec import CODEC_NAMES
 from dsl_client import trainer
 from dsl_client.pace import SKIPPED, Pace, pace_of
 from tests.federation import Batches, connect, federation, serving, small_run, train
-from tests.ordinary import DEADLINE_S, Ordinary, batch_message, member, refused, smashed
+from tests.ordinary import DEADLINE_S, MANY, Ordinary, batch_message, member, refused, smashed
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -152,7 +152,7 @@ def test_a_client_that_sends_nothing_yet_learns_that_the_server_has_gone(tmp_pat
 @pytest.fixture(scope="module")
 def choosing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ordinary]:
     """A member of a run with a budget, for what must leave no trace."""
-    run = small_run(budget="1GB", clients=2)
+    run = small_run(budget="1GB", clients=2, epochs=MANY)
     with serving(run, tmp_path_factory.mktemp("choosing")) as server, member(server) as client:
         yield client
 

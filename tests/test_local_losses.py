@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.crops import augmented, crop_and_flip
+from common.errors import ConfigError
+from common.methods import build_method
 from common.run import Run
 from tests.federation import Batches
 from tests.plain import (
@@ -185,3 +187,50 @@ def test_amperes_server_stays_as_it_is_until_the_end() -> None:
     assert len(ours.answers) == 13, "each batch came once, in two epochs"
     assert {answer.loss for answer in ours.answers} == {None}, "and none was a step"
     assert moved(ours.tops, network(norm=False).top), "the steps came after"
+
+
+# ---------------------------------------------------------------- a batch in portions
+
+
+@pytest.mark.parametrize("portions", [2, 3, 4])
+def test_without_batchnorm_portions_make_the_step_of_the_whole_batch(portions: int) -> None:
+    """Batches of 4, and a short one of 2: also fewer samples than portions."""
+    whole, taken = (
+        trained(run, shares(run, ALONE))
+        for run in (plain_run("dsl", 1), plain_run("dsl", 1, method_arg=(f"portions={portions}",)))
+    )
+    assert_near(taken.modules, whole.modules)
+    assert moved(taken.bottoms, network(norm=False).bottom)
+
+
+def test_batchnorm_sees_a_portion_and_each_moves_its_statistics() -> None:
+    run = plain_run("dsl", 1, method_arg=("portions=2",))
+    (data,) = shares(run, ALONE)
+    ours = trained(run, [data], norm=True)
+
+    net = network(norm=True)
+    client, server = optimizer_of(run, net.bottom, net.head), optimizer_of(run, net.top)
+    for _ in range(run.epochs):
+        for x, y in data.epoch(0):
+            client.zero_grad()
+            zs = []
+            for some, labels in zip(x.split(len(x) // 2), y.split(len(x) // 2), strict=True):
+                zs.append(net.bottom(some))
+                (F.cross_entropy(net.head(zs[-1]), labels, reduction="sum") / len(x)).backward()
+            client.step()
+            server.zero_grad()
+            F.cross_entropy(net.top(torch.cat(zs).detach()), y).backward()
+            server.step()
+    assert_near(ours.modules, [net.bottom, net.head, net.top])
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (("portions=0",), "portions 0 at least 1"),
+        (("portions=2", "lambda_=0.5"), "portions 2: with lambda_ a whole batch is held"),
+    ],
+)
+def test_portions_that_cannot_be_are_refused(settings: tuple[str, ...], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        build_method(Run(method="dsl", method_arg=settings))

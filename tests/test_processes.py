@@ -25,6 +25,7 @@ SMALL = {
     "eval_every": 0,
 }
 SAMPLE_BYTES = 16 * 32 * 32 * 4  # of one sample's activations at the cut
+BATCH_BYTES = 128 * SAMPLE_BYTES
 
 Start = Callable[..., subprocess.Popen[str]]
 
@@ -42,7 +43,8 @@ def summary_of(folder: Path) -> dict[str, Any]:
 def test_a_run_between_processes_ends_with_exact_counts(
     method: str, clients: int, sync: str, tmp_path: Path
 ) -> None:
-    experiment = Experiment({**SMALL, "method": method, "clients": clients, "sync": sync}, tmp_path)
+    settings = {**SMALL, "method": method, "clients": clients, "sync": sync, "measure_memory": True}
+    experiment = Experiment(settings, tmp_path)
     launch(experiment)
 
     summary = summary_of(experiment.server_folder)
@@ -56,8 +58,15 @@ def test_a_run_between_processes_ends_with_exact_counts(
     assert (up["weights"] > 0) == (sync == "relay" or (sync == "average" and clients > 1))
     assert 0 < summary["test"]["accuracy"] <= 1
     assert (summary["test"]["client_only_accuracy"] is not None) == (method == "dsl")
+    memory, own = summary["memory"], []
     for client in range(clients):
         assert (tmp_path / f"client-{client}" / "checkpoint" / "part.safetensors").exists()
+        own.append(summary_of(tmp_path / f"client-{client}")["memory"])
+    assert set(memory) == {"client", "server", "held"}
+    assert memory["client"] == max(each["peak"] for each in own) > BATCH_BYTES
+    assert memory["held"] == max(each["held"] for each in own)
+    assert (memory["held"] > BATCH_BYTES) == (method == "csl"), "who is not answered waits for nothing"
+    assert memory["server"] > BATCH_BYTES
     lines = (experiment.server_folder / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [2]
 

@@ -19,10 +19,10 @@ def csl() -> Method:
 
 
 def client_step(part: ClientPart, x: Tensor, y: Tensor) -> Step:
+    part.optimizer.zero_grad()  # first: who waits is to hold no old gradients
     z = part.bottom(x)  # (B, C, H, W)
     gradient = yield Smashed(z.detach(), y)  # the wire: wait for dL/dz, (B, C, H, W)
 
-    part.optimizer.zero_grad()
     z.backward(gradient)
     part.optimizer.step()
     return None
@@ -31,9 +31,8 @@ def client_step(part: ClientPart, x: Tensor, y: Tensor) -> Step:
 def server_step(part: ServerPart, group: Sequence[Received]) -> Answer:
     (batch,) = group
     z = batch.z.requires_grad_()
-    loss = F.cross_entropy(part.top(z), batch.y)
-
     part.optimizer.zero_grad()
+    loss = F.cross_entropy(part.top(z), batch.y)
     loss.backward()
     part.optimizer.step()
     assert z.grad is not None, "z is part of the loss"

@@ -10,6 +10,10 @@ lambda_ > 0 (the paper's discussion): the client's loss is L_aux + lambda_ * L o
 which the server's dL/dz comes back; on the others still nothing does. Where the server's end is cut
 again, L is its first module's loss: that of no other has a derivative at the cut.
 
+portions > 1: the client takes its batch in so many portions, one after the other, so that only one's
+activations are held at a time, and makes one step of them all. BatchNorm's statistics are those of a portion.
+(Who learns from the server's gradient cannot do so: all has to be held until that comes.)
+
 `--client-modules J`, `--server-modules K` cut each end again into modules that learn from heads of their
 own, one after the other, so that only one's activations are held at a time. With 4, 3, 2 modules in all
 at s, m, d this is what the authors' code trains, and what its memory figure is of (decoupled greedy
@@ -29,13 +33,20 @@ from common.methods.base import Answer, ClientPart, Method, Received, ServerPart
 from common.nets.heads import local_loss
 
 
-def dsl(lambda_: float = 0.0, q: int = 1) -> Method:
-    """lambda_: weight of the server's loss in the client's. q: batches from one with it to the next."""
-    if not 0 <= lambda_ < math.inf or q < 1:
-        raise ConfigError(f"dsl: lambda_ {lambda_} must be 0 or more, and q {q} at least 1")
+def dsl(lambda_: float = 0.0, q: int = 1, portions: int = 1) -> Method:
+    """lambda_: weight of the server's loss in the client's. q: batches from one with it to the next.
+    portions: in which the client takes a batch, one after the other."""
+    if not 0 <= lambda_ < math.inf or min(q, portions) < 1:
+        raise ConfigError(
+            f"dsl: lambda_ {lambda_} must be 0 or more, q {q} and portions {portions} at least 1"
+        )
+    if lambda_ and portions > 1:
+        raise ConfigError(
+            f"dsl: portions {portions}: with lambda_ a whole batch is held for the answer; drop one of them"
+        )
     return Method(
         "dsl",
-        partial(client_step, lambda_=lambda_),
+        partial(client_step, lambda_=lambda_) if portions == 1 else partial(step_in_portions, portions),
         server_step,
         local_loss=True,
         answer_every=q if lambda_ else 0,
@@ -61,6 +72,25 @@ def client_step(part: ClientPart, x: Tensor, y: Tensor, lambda_: float = 0.0) ->
         torch.autograd.backward([loss, z], [None, lambda_ * gradient])
     part.optimizer.step()
     return loss.detach()
+
+
+def step_in_portions(portions: int, part: ClientPart, x: Tensor, y: Tensor) -> Step:
+    assert part.head is not None, "DSL's client learns from its head"
+    part.optimizer.zero_grad()
+    sent, losses = list[Tensor](), list[Tensor]()
+    for some, labels in zip(x.chunk(portions), y.chunk(portions), strict=True):
+        share, h = len(some) / len(x), some
+        for layers, head in [*part.inner, (part.outermost, part.head)]:
+            z = layers(h)
+            loss = share * local_loss(head, z, some, labels)
+            loss.backward()
+            h = z.detach()
+        sent.append(h)
+        losses.append(loss.detach())
+    yield Smashed(torch.cat(sent), y)  # the wire: nothing comes back
+
+    part.optimizer.step()
+    return torch.stack(losses).sum()
 
 
 def server_step(part: ServerPart, group: Sequence[Received]) -> Answer:

@@ -347,7 +347,7 @@ class LeaveResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class Measurements(_message.Message):
-    __slots__ = ("seconds", "peak_bytes")
+    __slots__ = ("seconds", "peak_bytes", "memory")
     class SecondsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -355,8 +355,17 @@ class Measurements(_message.Message):
         key: str
         value: float
         def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    class MemoryEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
     seconds: _containers.ScalarMap[str, float]
     peak_bytes: int
-    def __init__(self, seconds: _Optional[_Mapping[str, float]] = ..., peak_bytes: _Optional[int] = ...) -> None: ...
+    memory: _containers.ScalarMap[str, int]
+    def __init__(self, seconds: _Optional[_Mapping[str, float]] = ..., peak_bytes: _Optional[int] = ..., memory: _Optional[_Mapping[str, int]] = ...) -> None: ...
