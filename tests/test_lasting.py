@@ -18,6 +18,7 @@ from common.methods.base import Smashed
 from common.rundir import RunFolder
 from common.wire import codec
 from common.wire import split_learning_pb2 as pb
+from dsl_client import memory
 from dsl_client.client import Client
 from dsl_client.memory import Memory, Snapshot
 from dsl_client.spool import Spool
@@ -39,11 +40,11 @@ def test_checkpoints_are_made_in_time_though_nobody_waits_for_one(method: str, t
 
 
 @pytest.fixture
-def full(monkeypatch: pytest.MonkeyPatch) -> Callable[[type, str], None]:
+def full(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str], None]:
     """A way to write that fails twice, and then does not."""
     monkeypatch.setattr(disk, "RETRY_S", 0.01)
 
-    def filled(owner: type, name: str) -> None:
+    def filled(owner: Any, name: str) -> None:
         writes, failures = getattr(owner, name), iter(range(2))
 
         def fails_twice(*given: Any) -> None:
@@ -56,29 +57,35 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Callable[[type, str], None]:
     return filled
 
 
-def test_a_spool_on_a_full_disk_waits_and_says_so(full: Callable[[type, str], None], tmp_path: Path) -> None:
+def test_a_spool_on_a_full_disk_waits_and_says_so(full: Callable[[Any, str], None], tmp_path: Path) -> None:
     run, told = settled(small_run()), list[str]()
     spec = spec_of(run)
     kept = Spool(2**20, tmp_path, on_trouble=told.append)
     full(Spool, "_write")
     batch = Smashed(torch.zeros(8, *spec.cut_shape), torch.zeros(8, dtype=torch.int64))
     assert kept.append(Stretch(0, 1, 1, 8), codec.pack_batch(pb.StreamActivationsRequest, 1, batch, spec))
-    assert told == [f"{tmp_path} cannot be written: No space left on device; free some space"]
+    assert told == [
+        f"{tmp_path} cannot be written: No space left on device; free some space",
+        f"{tmp_path} can be written again",
+    ]
     assert Spool(2**20, tmp_path).last == 1
 
 
-@pytest.mark.parametrize(("owner", "name"), [(Memory, "_write_in"), (Checkpoints, "write")])
+@pytest.mark.parametrize(("owner", "name"), [(memory, "replace_file"), (Checkpoints, "write")])
 def test_a_memory_on_a_full_disk_waits_and_says_so(
-    owner: type, name: str, full: Callable[[type, str], None], tmp_path: Path
+    owner: Any, name: str, full: Callable[[Any, str], None], tmp_path: Path
 ) -> None:
     told = list[str]()
-    memory = Memory(tmp_path, told.append)
+    kept = Memory(tmp_path, told.append)
     full(owner, name)
-    memory.belongs_to("r")
-    memory.keep(Snapshot(3, {"weight": torch.ones(2)}, {}, waypoint=True), goes_back=True)
-    assert told == [f"{tmp_path} cannot be written: No space left on device; free some space"]
-    snapshot = memory.recalled()
-    memory._held.release()
+    kept.belongs_to("r")
+    kept.keep(Snapshot(3, {"weight": torch.ones(2)}, {}, waypoint=True), goes_back=True)
+    assert told == [
+        f"{tmp_path} cannot be written: No space left on device; free some space",
+        f"{tmp_path} can be written again",
+    ]
+    snapshot = kept.recalled()
+    kept._held.release()
     assert snapshot is not None
     assert snapshot.sequence == 3
 
@@ -92,18 +99,18 @@ def test_a_client_that_died_before_it_kept_anything_begins_anew(tmp_path: Path) 
     server = life.start()
 
     def process() -> tuple[Client, Memory]:
-        memory = Memory(tmp_path / "state")
-        return Client(f"127.0.0.1:{life.port}", "c", CPU, f"npz:{file}", memory=memory), memory
+        kept = Memory(tmp_path / "state")
+        return Client(f"127.0.0.1:{life.port}", "c", CPU, f"npz:{file}", memory=kept), kept
 
-    first, memory = process()
+    first, kept = process()
     RunFolder(out, first.join(patience=10), "client-0")  # and then it dies
-    memory._held.release()
-    second, memory = process()
+    kept._held.release()
+    second, kept = process()
     second.join(patience=10, takeover=True)
     second.train(out)
     assert server.wait(timeout=10)
     assert server.finish()["samples_trained"] == 2 * 20
     for client in (first, second):
         client.close()
-    memory._held.release()
+    kept._held.release()
     server.stop(ClosedError("the run is over"))

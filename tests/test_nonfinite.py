@@ -352,7 +352,7 @@ def test_c9_c10_a_finite_but_absurd_activation_halts_the_run_in_one_line(method:
 
 @pytest.mark.parametrize("method", ["dsl", "csl"])
 def test_c9_c10_a_step_that_is_left_out_is_counted_and_the_run_ends_well(method: str, tmp_path: Path) -> None:
-    run = small_run(method=method, on_nonfinite="skip", epochs=1)
+    run = small_run(method=method, on_nonfinite="skip", epochs=3)
     with serving(run, tmp_path) as server, member(server) as client:
         client.send([smashed(run)])
         before = part_of(server)

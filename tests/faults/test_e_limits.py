@@ -32,7 +32,7 @@ from dsl_server.server import Server
 from tests.certificates import make
 from tests.faults.proxy import Proxy
 from tests.federation import CPU, serving, small_run
-from tests.ordinary import DEADLINE_S, Ordinary, member, refused, smashed
+from tests.ordinary import DEADLINE_S, MANY, Ordinary, member, refused, smashed
 from tests.threads import in_thread, wait_for
 
 pytestmark = pytest.mark.timeout(60)
@@ -69,7 +69,7 @@ def test_e1_streams_that_say_nothing_take_nobody_s_place(tmp_path: Path) -> None
     """As many of one connection as it likes: its own channel keeps back those that are too many."""
     over = threading.Event()
     with (
-        serving(small_run(), tmp_path) as server,
+        serving(small_run(epochs=MANY), tmp_path) as server,
         Proxy(server.port) as proxy,
         grpc.insecure_channel(f"127.0.0.1:{proxy.port}", [("grpc.enable_http_proxy", 0)]) as channel,
     ):
@@ -144,7 +144,18 @@ def process(folder: Path) -> Iterator[Any]:
     """A server in a process of its own: its run, its port, and itself."""
     run = small_run(clients=2, method="dsl")
     settings = ["--model", "resnet8", "--split", "1", "--image", "3", "8", "8", "--classes", "4"]
-    settings += ["--batch-size", "8", "--clients", "2", "--data", "npz:unread", "--listen", "127.0.0.1:0"]
+    settings += [
+        "--batch-size",
+        "8",
+        "--epochs",
+        str(MANY),
+        "--clients",
+        "2",
+        "--data",
+        "npz:unread",
+        "--listen",
+        "127.0.0.1:0",
+    ]
     command = [sys.executable, "-m", "dsl_server", *settings, "--out", str(folder / "out")]
     with started(command) as running:
         found = re.search(r":(\d+)$", running.stderr.readline().strip())
