@@ -1,12 +1,13 @@
-"""Does decoupling hide the work of one side behind the other's?
+"""Does decoupling hide the work of one side, and of the link, behind the other's?
 
-Client and server each have one core of their own. For each split: seconds of training by DSL and by
-CSL between real processes, and each side's own compute on the same batches with nobody at the
-other end (its rule in a loop, on its core): alone, and both at once, which is what the machine takes
-away from two cores that share their memory. One repetition runs all of them, one after the other;
-ratios are of the same repetition.
+Client and server each have one core of their own. For each split and link: samples per second of DSL and of
+CSL between real processes, each also as a fraction of its bound, which is samples over the longest of the
+client's compute, the server's, and the bytes of one way over the link's rate. Compute is each side's rule in
+a loop over the same batches on its core, with nobody at the other end: alone, and both at once, which is what
+the machine takes away from two cores that share their memory. One repetition runs all of them, one after the
+other; ratios are of the same repetition. Links are emulated by a relay on loopback (dsl_lab/link.py).
 
-    python benchmarks/overlap/main.py [--model resnet20] [--splits m d] [--batches 20] [--repetitions 3]
+    python benchmarks/overlap/main.py [--model resnet20] [--splits m d] [--links 0 20 100] [--repetitions 3]
 """
 
 import argparse
@@ -18,8 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -27,16 +29,18 @@ import numpy as np
 import torch
 
 from common.methods import build_method
-from common.methods.base import Smashed
+from common.methods.base import Received, Sent, run_step
 from common.nets.cut import build
 from common.parts import client_part, server_part
 from common.run import Run
 from dsl_client import data
 from dsl_client.batches import Batches
 from dsl_lab.launch import Experiment, Setting, launch
+from dsl_lab.link import Link
 
 SERVER_CORE, CLIENT_CORE = 0, 1
 SIZE = 128
+MBIT = 1e6 / 8  # bytes per second
 
 
 def settings(method: str, split: str, options: argparse.Namespace) -> dict[str, Setting]:
@@ -53,26 +57,34 @@ def settings(method: str, split: str, options: argparse.Namespace) -> dict[str, 
     }
 
 
-def over_the_wire(method: str, split: str, options: argparse.Namespace) -> float:
-    """Seconds from the client's first batch to the server's last receipt."""
+def over_the_wire(
+    method: str, split: str, round_trip: float, options: argparse.Namespace
+) -> tuple[float, int]:
+    """Seconds from the client's first batch to the server's last receipt; and the activations' bytes.
+
+    round_trip: milliseconds of the link, 0 for none.
+    """
+    link = partial(Link, rate=options.mbit * MBIT, delay=round_trip / 2000) if round_trip else None
     with tempfile.TemporaryDirectory() as folder:
         experiment = Experiment(
-            settings(method, split, options), Path(folder), cores=[SERVER_CORE, CLIENT_CORE]
+            settings(method, split, options), Path(folder), cores=[SERVER_CORE, CLIENT_CORE], link=link
         )
         launch(experiment)
-        summary = json.loads((Path(folder) / "client-0" / "summary.json").read_text())
-        return float(summary["seconds"]["train"])
+        client, server = (
+            json.loads((Path(folder) / name / "summary.json").read_text()) for name in ("client-0", "server")
+        )
+        return float(client["seconds"]["train"]), int(server["wire"]["up"]["activations"])
 
 
-def compute(sides: Sequence[str], split: str, options: argparse.Namespace) -> list[float]:
-    """Seconds that each side's DSL rule takes for the same batches, on its core; all at the same time."""
-    processes = [_side(side, split, options) for side in sides]
+def compute(method: str, sides: Sequence[str], split: str, options: argparse.Namespace) -> list[float]:
+    """Seconds that each side's rule takes for the same batches, on its core; all at the same time."""
+    processes = [_side(method, side, split, options) for side in sides]
     return [float(process.communicate()[0]) for process in processes]
 
 
-def _side(side: str, split: str, options: argparse.Namespace) -> subprocess.Popen[str]:
+def _side(method: str, side: str, split: str, options: argparse.Namespace) -> subprocess.Popen[str]:
     core = CLIENT_CORE if side == "client" else SERVER_CORE
-    command = [sys.executable, __file__, "--side", side, "--method", "dsl", "--splits", split]
+    command = [sys.executable, __file__, "--side", side, "--method", method, "--splits", split]
     command += ["--model", options.model, "--head", options.head, "--file", str(options.file)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pinned = ["taskset", "-c", str(core), *command]
@@ -83,25 +95,24 @@ def measure_side(options: argparse.Namespace) -> float:
     values = settings(options.method, options.splits[0], options)
     run = Run(**values)  # type: ignore[arg-type]
     method, net, cpu = build_method(run), build(run), torch.device("cpu")
-    client, server = client_part(run, method, net, cpu), server_part(run, net, cpu)
+    client, server = client_part(run, method, net, cpu), server_part(run, method, net, cpu)
     train, _ = data.load(run.data, run.image_shape, run.class_count)
     batches = Batches(train, None, SIZE, seed=0, augment=True, device=cpu)
     with torch.no_grad():
-        sent = [Smashed(client.bottom(x), y) for x, y in batches.epoch(0)]
-    gradients: Iterator[torch.Tensor | None] = iter([torch.randn_like(s.z) * 1e-4 for s in sent])
+        sent = [Received(client.bottom(x), y, client=0, progress=0.0) for x, y in batches.epoch(0)]
+    answers = [None if method.one_way else torch.randn_like(batch.z) * 1e-4 for batch in sent]
     start = time.perf_counter()
     if options.side == "server":
-        for smashed in sent:
-            method.server_step(server, [smashed])
-        return time.perf_counter() - start
-    for x, y in batches.epoch(0):
-        step = method.client_step(client, x, y)
-        next(step)
-        try:
-            step.send(next(gradients) if method.answers else None)
-        except StopIteration:
-            continue
+        for batch in sent:
+            method.server_step(server, [batch])
+    else:
+        for (x, y), answer in zip(batches.epoch(0), answers, strict=True):
+            run_step(method.client_step(client, x, y), partial(_answered, answer))
     return time.perf_counter() - start
+
+
+def _answered(answer: torch.Tensor | None, _: Sent) -> torch.Tensor | None:
+    return answer
 
 
 def main() -> None:
@@ -109,6 +120,8 @@ def main() -> None:
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--head", default="gap")
     parser.add_argument("--splits", nargs="+", default=["m", "d"])
+    parser.add_argument("--links", nargs="+", type=float, default=[0, 20, 100], help="their round trips, ms")
+    parser.add_argument("--mbit", type=float, default=100, help="rate of the links, each way")
     parser.add_argument("--batches", type=int, default=20)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--queue", type=int, default=2, help="depth of outbox and inbox")
@@ -140,20 +153,30 @@ def report(options: argparse.Namespace) -> None:
     print(f"{date.today()}, {platform.machine()}, one core a side, Python {platform.python_version()}, ")
     print(f"torch {torch.__version__}, grpcio {grpc.__version__}; {options.model}, head {options.head}, ")
     print(f"{options.batches} batches of {SIZE}; median of {options.repetitions} interleaved repetitions\n")
-    heads = ["split", "DSL s", "CSL s", "client alone s", "server alone s", "both at once s"]
-    heads += ["DSL / slower alone", "DSL / both at once", "CSL / DSL"]
+    heads = ["split", "link", "DSL samples/s", "of its bound", "CSL samples/s", "of its bound", "DSL / CSL"]
+    heads += ["client alone s", "server alone s", "both at once s"]
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for split in options.splits:
-        rows = []
-        for _ in range(options.repetitions):
-            dsl, csl = (over_the_wire(method, split, options) for method in ("dsl", "csl"))
-            (client,), (server,) = compute(["client"], split, options), compute(["server"], split, options)
-            both = max(compute(["client", "server"], split, options))
-            slower = max(client, server)
-            rows.append((dsl, csl, client, server, both, dsl / slower, dsl / both, csl / dsl))
-        middle = [statistics.median(column) for column in zip(*rows, strict=True)]
-        cells = " | ".join(f"{value:.2f}" for value in middle)
-        print(f"| {split} | {cells} |", flush=True)
+        for round_trip in options.links:
+            rows = [row(split, round_trip, options) for _ in range(options.repetitions)]
+            middle = [statistics.median(column) for column in zip(*rows, strict=True)]
+            cells = " | ".join(f"{value:.2f}" for value in middle)
+            link = f"{round_trip:g} ms, {options.mbit:g} Mbit/s" if round_trip else "loopback"
+            print(f"| {split} | {link} | {cells} |", flush=True)
+
+
+def row(split: str, round_trip: float, options: argparse.Namespace) -> list[float]:
+    """One repetition of one row."""
+    samples = options.batches * SIZE
+    speeds, shares, alone = {}, {}, {}
+    for method in ("dsl", "csl"):
+        seconds, sent = over_the_wire(method, split, round_trip, options)
+        (client,), (server,) = (compute(method, [side], split, options) for side in ("client", "server"))
+        bound = max(client, server, sent / (options.mbit * MBIT) if round_trip else 0.0)
+        speeds[method], shares[method], alone[method] = samples / seconds, bound / seconds, [client, server]
+    both = max(compute("dsl", ["client", "server"], split, options))
+    ratio = speeds["dsl"] / speeds["csl"]
+    return [speeds["dsl"], shares["dsl"], speeds["csl"], shares["csl"], ratio, *alone["dsl"], both]
 
 
 if __name__ == "__main__":
