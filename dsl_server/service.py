@@ -77,7 +77,7 @@ class Service:
         guard: Guard | None,
         saver: Saver | Unsaved,
         intake: Intake,
-        network: str = "",
+        network: str,
     ) -> None:
         self._run, self._method, self._spec, self._part_specs = run, method, spec, part_specs
         self._inbox, self._rounds, self._record = inbox, rounds, record
