@@ -48,7 +48,7 @@ class Record:
         self._traffic, self._sockets, self._clock, self._gauge = traffic, sockets, clock, gauge
         self._start: float | None = None
         self._lock = threading.Lock()
-        self._epochs: dict[int, dict[int, Evaluation]] = {}  # by epoch and client
+        self._epochs: dict[int, dict[int, Evaluation]] = {}  # by epoch and client, until all have come
         self._written: set[int] = set()  # epochs that have their line
         self._lines = 0
         self._lost: set[int] = set()
@@ -101,7 +101,8 @@ class Record:
     def evaluated(self, client: int, epoch: int, evaluation: Evaluation) -> None:
         """Adds a client's evaluation; the last client's of an epoch makes its line in metrics.jsonl."""
         with self._lock:
-            self._epochs.setdefault(epoch, {})[client] = evaluation
+            if epoch not in self._written:  # else it is told again, and nothing comes of it
+                self._epochs.setdefault(epoch, {})[client] = evaluation
             self._write_lines()
 
     def lost(self, client: int) -> None:
@@ -195,10 +196,10 @@ class Record:
         return {"forward": seconds["forward"], "backward": backward, **seconds}
 
     def _write_lines(self) -> None:
-        for epoch in sorted(self._epochs.keys() - self._written):
-            evaluations = self._epochs[epoch]
+        for epoch, evaluations in sorted(self._epochs.items()):
             if self._is_scored(evaluations):
                 self._written.add(epoch)
+                del self._epochs[epoch]
                 self._write_line(epoch, list(evaluations.values()))
 
     def _is_scored(self, evaluations: Mapping[int, Evaluation]) -> bool:
