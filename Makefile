@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint stubs soak bench-accuracy bench-codecs bench-durability bench-link bench-memory bench-methods bench-overlap bench-paper bench-traffic bench-wire clean fuzz
+.PHONY: demo test test-slow lint stubs soak bench-accuracy bench-codecs bench-durability bench-layout bench-link bench-memory bench-methods bench-overlap bench-paper bench-traffic bench-wire clean fuzz
 
 demo: $(VENV)/ready
 	$(BIN)/dsl demo
@@ -30,7 +30,7 @@ stubs: $(VENV)/ready
 soak: $(VENV)/ready
 	$(BIN)/python benchmarks/soak/main.py $(SOAK)
 
-bench-accuracy bench-codecs bench-durability bench-link bench-memory bench-methods bench-overlap bench-traffic bench-wire: bench-%: $(VENV)/ready
+bench-accuracy bench-codecs bench-durability bench-layout bench-link bench-memory bench-methods bench-overlap bench-traffic bench-wire: bench-%: $(VENV)/ready
 	$(BIN)/python benchmarks/$*/main.py $(IMAGES)
 
 bench-paper: $(VENV)/ready

@@ -28,8 +28,8 @@ _TENSORS, _FACTS = "part.safetensors", "facts.json"
 def save(folder: Path, part: Part, facts: dict[str, Any]) -> None:
     """Writes weights, buffers and momentum, and facts about them that JSON can hold."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in state_of(part).items()}
-    save_file(tensors, folder / f".{_TENSORS}.tmp")
+    tensors = {name: tensor.detach() for name, tensor in state_of(part).items()}
+    _save_file(tensors, folder / f".{_TENSORS}.tmp")
     os.replace(folder / f".{_TENSORS}.tmp", folder / _TENSORS)
     replace_file(folder / _FACTS, json.dumps(facts, indent=2) + "\n")
 
@@ -139,7 +139,7 @@ class Checkpoints:
 
 def _save_file(tensors: Mapping[str, Tensor], path: Path) -> None:
     try:
-        save_file(dict(tensors), path)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:  # of the disk: the tensors are ours
         raise OSError(str(error)) from error
 

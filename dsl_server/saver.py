@@ -106,7 +106,7 @@ class Saver:
                     return
                 (tensors, facts), taken = self._waiting, self._taken
             self._number += 1
-            saved = Saved(self._number, {n: t.detach().cpu().contiguous() for n, t in tensors.items()}, facts)
+            saved = Saved(self._number, {n: t.detach().cpu() for n, t in tensors.items()}, facts)
             if not self._written_down(saved):
                 return
             with self._changed:

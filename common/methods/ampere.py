@@ -25,6 +25,7 @@ from common.crops import augmented
 from common.errors import ConfigError
 from common.methods.base import Answer, Attempt, ClientPart, Method, Received, ServerPart, Smashed, Step
 from common.methods.dsl import client_step
+from common.nets.layout import laid_out
 
 
 def ampere(server_epochs: int = 20, server_batch: int = 128, augment: int = 1) -> Method:
@@ -103,7 +104,7 @@ class _Server:
 
 
 def _step(part: ServerPart, z: Tensor, y: Tensor) -> Answer:
-    loss = F.cross_entropy(part.top(z), y)
+    loss = F.cross_entropy(part.top(laid_out(z, part.top)), y)
     part.optimizer.zero_grad()
     loss.backward()
     part.optimizer.step()

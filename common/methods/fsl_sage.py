@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from common.errors import ConfigError
 from common.methods.base import Answer, ClientPart, Method, Received, ServerPart, Smashed, Step
 from common.methods.dsl import server_step
+from common.nets.layout import laid_out
 
 KEPT = 1000  # samples of each client
 BATCH = 100  # of the fit
@@ -96,6 +97,7 @@ class _Server:
             return kept.head
         kept.fitted = epoch
         z, y = (torch.cat(tensors)[-KEPT:] for tensors in zip(*kept.samples, strict=True))
+        z = laid_out(z, part.top)
         optimizer = torch.optim.Adam(kept.head.parameters(), self._lr)
         for _ in range(self._epochs):
             order = torch.randperm(len(y), generator=part.generator).to(y.device)

@@ -18,6 +18,7 @@ from common.errors import NonFiniteError
 from common.methods.base import Answer, Method, Received, ServerPart
 from common.methods.guard import Guard
 from common.methods.replay import Replay, Shelf
+from common.nets.layout import laid_out
 from common.optim import learning_rate, set_learning_rate, sgd
 from common.parts import State, average, copied, found_under, load_state, state_of, under
 from common.run import Run
@@ -76,8 +77,12 @@ class Hosting:
         """
         index = group[0].client if self._method.copies else 0
         progress = sum(batch.progress for batch in group) / len(group)
-        seen = [replace(batch, through_tail=partial(self._through_tail, batch)) for batch in group]
-        rule = partial(self._method.server_step, self.parts[index], seen)
+        part = self.parts[index]
+        seen = [
+            replace(batch, z=laid_out(batch.z, part.top), through_tail=partial(self._through_tail, batch))
+            for batch in group
+        ]
+        rule = partial(self._method.server_step, part, seen)
         answer = self._attempt(progress, rule, index, group)
         self._samples[index] += sum(len(batch.z) for batch in group)
         if self._replay is not None and not answer.skipped:
@@ -96,8 +101,8 @@ class Hosting:
         else at that of the last batch."""
         assert self._replay is not None, "something is left"
         part, batch = self.parts[0], self._replay.take()
-        if self._run.augment:
-            batch = replace(batch, z=augmented(batch.z, part.generator))
+        z = augmented(batch.z, part.generator) if self._run.augment else batch.z
+        batch = replace(batch, z=laid_out(z, part.top))
         rule = partial(self._method.server_step, part, [batch])
         answer = self._attempt(self._latest if progress is None else progress, rule)
         return replace(answer, replayed=len(batch.z))
@@ -148,7 +153,7 @@ class Hosting:
         """What the server's layers make of the batch, in evaluation mode."""
         top: nn.Module = self.parts[0].top.eval()
         with torch.no_grad():
-            out: Tensor = top(z.to(self._device))
+            out: Tensor = top(laid_out(z.to(self._device), top))
         top.train()
         return out
 
