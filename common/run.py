@@ -160,6 +160,9 @@ class Run:
     """With --replay: how often the server learns from a batch at most, the first time included."""
     replay_on: Store = "memory"
     """Where it is kept: memory, or disk (in the run's folder)."""
+    concatenate: int = 1
+    """One-way methods: make one step of the server of up to so many clients' waiting batches, as one batch:
+    faster where batches are small, but the server then learns with larger ones. 1: each on its own."""
     link: Link = "fixed"
     """One-way methods: auto lets each client choose codec and sending rate so that it never waits for the
     link."""
@@ -307,6 +310,7 @@ _LEAST = {
     "send_every_epochs": 1,
     "send_last_epochs": 0,
     "reuse": 2,
+    "concatenate": 1,
     "checkpoints": 1,
 }
 _ALLOWED = {

@@ -94,11 +94,11 @@ def simulate(
     for tick in ticks:
         talks = [_Talk(run, method.client_step, clients[turn.client], turn, travel) for turn in tick]
         sent = [talk for talk in talks if talk.turn.server_progress is not None]
-        for group in [sent] if method.gather is Gather.ALL else [[talk] for talk in sent]:
-            if group:
-                answers = server.step([talk.received() for talk in group]).gradients or [None] * len(group)
-                for talk, gradient in zip(group, answers, strict=True):
-                    talk.finish(gradient)
+        size = max(1, len(sent)) if method.gather is Gather.ALL else run.concatenate
+        for group in (sent[start : start + size] for start in range(0, len(sent), size)):
+            answers = server.step([talk.received() for talk in group]).gradients or [None] * len(group)
+            for talk, gradient in zip(group, answers, strict=True):
+                talk.finish(gradient)
         for talk in talks:
             if talk not in sent:
                 talk.finish(None)

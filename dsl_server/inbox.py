@@ -10,7 +10,7 @@ How the lanes are served:
 * in fixed order: a tick waits until every lane that is still in the epoch has something, then takes
   one batch from each, by client index. The order depends on the data alone, so runs repeat.
   Errands are done between epochs, after the end of the round is told. With `gather=ALL` a tick
-  is one group. Where there is a `timeout`, a tick that holds batches up for longer goes on without
+  is one group; else a group is of `together` batches of a tick at most, each of another client. Where there is a `timeout`, a tick that holds batches up for longer goes on without
   those it waits for, as long as the others make the quorum: their batches join a later one.
 
 A checkpoint is made between ticks, when it is asked for. Where clients can go back to certain batches only
@@ -156,6 +156,7 @@ class Inbox:
         can_spare: Callable[[], bool] = lambda: False,
         in_step: bool = False,
         on_epoch_end: Callable[[EpochEnd], None] = lambda _: None,
+        together: int = 1,
     ) -> None:
         self._can_spare, self._in_step, self._on_epoch_end = can_spare, in_step, on_epoch_end
         self._save_due = False
@@ -170,7 +171,7 @@ class Inbox:
         self._in_epoch = set(range(clients))  # those that have batches left, in fixed order
         self._depth = depth
         self._fixed_order = fixed_order
-        self._gather = gather
+        self._gather, self._together = gather, together
         self._timeout = min(timeout, threading.TIMEOUT_MAX)
         self._quorum = quorum
         self._closed: ClosedError | None = None
@@ -329,8 +330,8 @@ class Inbox:
     def _grouped(self, items: Sequence[Item]) -> list[Work]:
         errands = [item for item in items if isinstance(item, Errand)]
         jobs = [item for item in items if isinstance(item, Job)]
-        groups = [jobs] if self._gather is Gather.ALL and jobs else [[job] for job in jobs]
-        return [*errands, *groups]
+        size = max(1, len(jobs)) if self._gather is Gather.ALL else self._together
+        return [*errands, *(jobs[start : start + size] for start in range(0, len(jobs), size))]
 
     def _active(self) -> list[int]:
         """Clients with something in their lane or still to come."""

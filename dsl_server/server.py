@@ -105,6 +105,7 @@ class Server:
             can_spare=lambda: self.hosting.can_replay and not run.fixed_order,
             in_step=self.method.goes_back,
             on_epoch_end=lambda end: self.rounds.apply(end.client, end.mark),
+            together=run.concatenate,
         )
         self._checkpoints = Checkpoints(folder.path / "checkpoints")
         saved, self._kept = self._found() if resume else (None, [])

@@ -27,9 +27,11 @@ def exam(client: int) -> Errand:
     return Errand(client, "score a batch", lambda _: None)
 
 
-def inbox_of(*lanes: str, fixed_order: bool = False, gather: Gather = Gather.EACH) -> Inbox:
+def inbox_of(
+    *lanes: str, fixed_order: bool = False, gather: Gather = Gather.EACH, together: int = 1
+) -> Inbox:
     """An inbox whose lanes hold these items: `b` a batch, `x` an exam, `|` the end of an epoch."""
-    inbox = Inbox(len(lanes), 100, fixed_order, gather)
+    inbox = Inbox(len(lanes), 100, fixed_order, gather, together=together)
     for client, lane in enumerate(lanes):
         sequence = 0
         for sign in lane:
@@ -67,6 +69,12 @@ def test_batches_that_come_first_are_served_first() -> None:
 
 def test_a_full_lane_starves_no_other() -> None:
     assert served(inbox_of("bbbbb", "b", "bb")) == "0.1 1.1 2.1 0.2 2.2 0.3 0.4 0.5"
+
+
+@pytest.mark.parametrize("fixed_order", [False, True])
+def test_waiting_batches_of_different_clients_are_served_together(fixed_order: bool) -> None:
+    inbox = inbox_of("bbb|", "b|", "bb|", fixed_order=fixed_order, together=2)
+    assert served(inbox) == "0.1+1.1 2.1 0.2+2.2 0.3"
 
 
 def test_one_fast_client_is_served_no_more_often_than_the_others_who_have_something() -> None:

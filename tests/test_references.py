@@ -72,6 +72,29 @@ def test_under_psl_batchnorm_sees_the_batches_of_all_clients_as_one() -> None:
     assert_near([*ours.bottoms, *ours.tops], [*bottoms, top])
 
 
+def test_concatenated_batches_are_one_batch_to_the_server_of_dsl() -> None:
+    run = plain_run("dsl", concatenate=3)
+    data = shares(run, UNEQUAL)
+    ours = trained(run, data, norm=True)
+
+    net = network(norm=True)
+    bottoms, heads, top = copies(net.bottom), copies(net.head), net.top
+    moves = [optimizer_of(run, *both) for both in zip(bottoms, heads, strict=True)]
+    top_moves = optimizer_of(run, top)
+    for _ in range(run.epochs):
+        for tick in rounds(data):
+            z = [bottoms[k](x) for k, x, _ in tick]
+            whole, y = torch.cat(z).detach(), torch.cat([y for *_, y in tick])
+            (joint,) = gradients_of(F.cross_entropy(top(whole), y), [top])
+            move(top_moves, joint)
+            for sent, (k, _, mine) in zip(z, tick, strict=True):
+                own = gradients_of(F.cross_entropy(heads[k](sent), mine), [bottoms[k], heads[k]])
+                move(moves[k], [gradient for part in own for gradient in part])
+
+    assert_near([*ours.bottoms, *ours.heads, *ours.tops], [*bottoms, *heads, top])
+    assert len(ours.answers) == sum(len(list(rounds(data))) for _ in range(run.epochs))
+
+
 @pytest.mark.parametrize("version", ["v1", "v3"])
 def test_splitfed_v1_is_federated_averaging_of_whole_networks_and_v3_of_their_tops(version: str) -> None:
     run = plain_run(f"splitfed-{version}")

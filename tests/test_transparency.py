@@ -67,6 +67,7 @@ SETTINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("dsl", {"replay": "1MB", "reuse": 3, "codec": ("activations=int4+zstd",)}),
     ("cse-fsl", {"replay": "20kB", "reuse": 2, "replay_on": "disk"}),
     ("dsl", {"sync_every": 2}),
+    ("dsl", {"concatenate": 2}),
     ("dsl", {"send_every_epochs": 2, "replay": "1MB", "reuse": 2}),
 )
 
@@ -93,7 +94,9 @@ def name_of(run: Run) -> str:
     seldom = f"every{run.send_every}-last{run.send_last_epochs}" if run.send_every else ""
     seldom += f"epochs{run.send_every_epochs}" if run.send_every_epochs > 1 else ""
     again = f"replay{run.replay}" if run.replay else f"sync{run.sync_every}" if run.sync_every > 1 else ""
-    facts = [run.method, run.sync, str(run.clients), *run.method_arg, *run.codec, modules, seldom, again]
+    together = f"concatenate{run.concatenate}" if run.concatenate > 1 else ""
+    sending = [*run.codec, modules, seldom, again, together]
+    facts = [run.method, run.sync, str(run.clients), *run.method_arg, *sending]
     return "-".join([*filter(None, facts), *({run.head} - {"gap"})])
 
 

@@ -118,6 +118,7 @@ def _check_schedule(run: Run, method: Method) -> None:
         ("--send-every-epochs", run.send_every_epochs > 1),
         ("--send-last-epochs", run.send_last_epochs),
         ("--replay", run.replay),
+        ("--concatenate", run.concatenate > 1),
         ("--link auto", run.link == "auto"),
         ("--budget", run.budget),
     ) if said]  # fmt: skip

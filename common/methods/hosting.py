@@ -82,6 +82,8 @@ class Hosting:
             replace(batch, z=laid_out(batch.z, part.top), through_tail=partial(self._through_tail, batch))
             for batch in group
         ]
+        if self._run.concatenate > 1:
+            seen = [_concatenated(seen)]
         rule = partial(self._method.server_step, part, seen)
         answer = self._attempt(progress, rule, index, group)
         self._samples[index] += sum(len(batch.z) for batch in group)
@@ -187,6 +189,12 @@ class Hosting:
         if self._run.on_nonfinite == "skip":
             batch.through_tail(torch.zeros_like(output))  # its client waits for one
         raise NonFiniteError("the output for a client is not finite")
+
+
+def _concatenated(group: Sequence[Received]) -> Received:
+    """Batches that nobody awaits an answer for, as one."""
+    z, y = torch.cat([batch.z for batch in group]), torch.cat([batch.y for batch in group])
+    return replace(group[0], z=z, y=y)
 
 
 def _copy(run: Run, part: ServerPart) -> ServerPart:
