@@ -9,9 +9,11 @@ How the lanes are served:
   starved by another;
 * in fixed order: a tick waits until every lane that is still in the epoch has something, then takes
   one batch from each, by client index. The order depends on the data alone, so runs repeat.
-  Errands are done between epochs, after the end of the round is told. With `gather=ALL` a tick
-  is one group; else a group is of `together` batches of a tick at most, each of another client. Where there is a `timeout`, a tick that holds batches up for longer goes on without
-  those it waits for, as long as the others make the quorum: their batches join a later one.
+  Errands are done between epochs, after the end of the round is told. Where there is a `timeout`, a tick
+  that holds batches up for longer goes on without those it waits for, as long as the others make the
+  quorum: their batches join a later one.
+
+What is taken from the lanes at a time makes one group with `gather=ALL`; else groups of `together` batches.
 
 A checkpoint is made between ticks, when it is asked for. Where clients can go back to certain batches only
 (`in_step`), it waits until what was served last of each is one of these; meanwhile who is there waits.
