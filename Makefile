@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint stubs soak bench-accuracy bench-codecs bench-durability bench-layout bench-link bench-memory bench-methods bench-overlap bench-paper bench-traffic bench-wire clean fuzz
+.PHONY: demo docs test test-slow lint stubs soak bench-accuracy bench-codecs bench-durability bench-layout bench-link bench-memory bench-methods bench-overlap bench-paper bench-traffic bench-wire clean fuzz
 
 demo: $(VENV)/ready
 	$(BIN)/dsl demo
@@ -27,6 +27,10 @@ fuzz: $(VENV)/ready
 stubs: $(VENV)/ready
 	$(BIN)/python tools/stubs.py
 
+docs: $(VENV)/docs
+	$(BIN)/python tools/settings.py
+	$(BIN)/python tools/pages.py --build
+
 soak: $(VENV)/ready
 	$(BIN)/python benchmarks/soak/main.py $(SOAK)
 
@@ -41,5 +45,9 @@ $(VENV)/ready: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
+$(VENV)/docs: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .cache build dist site .mypy_cache .ruff_cache .pytest_cache

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+SHELLS = ("bash", "zsh", "fish")  # whose completion there is
 
 
 class Stopped(BaseException):
@@ -37,9 +38,18 @@ def prepare() -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
+def flags(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with `--print-completion SHELL` as the flag parser knows it. Raises ConfigError."""
+    if not arguments or arguments[0] != "--print-completion":
+        return list(arguments)
+    if len(arguments) != 2 or arguments[1] not in SHELLS:
+        raise ConfigError(f"--print-completion {' '.join(arguments[1:])}: say {', '.join(SHELLS)}")
+    return ["--tyro-print-completion", arguments[1]]
+
+
 def parse(kind: type[T], arguments: Sequence[str], default: T, program: str, description: str) -> T:
     """The flags as a `kind`. Ends the program, with the reason, when they are wrong."""
-    return tyro.cli(kind, prog=program, description=description, args=arguments, default=default)
+    return tyro.cli(kind, prog=program, description=description, args=flags(arguments), default=default)
 
 
 def device_of(name: str) -> "torch.device":

@@ -179,23 +179,39 @@ def is_loopback(address: str) -> bool:
         return host == "localhost"
 
 
+@dataclass(frozen=True)
+class Handshake:
+    """version: of TLS, such as TLSv1.3. expires: the server's certificate, by what it says itself."""
+
+    version: str
+    expires: datetime.datetime
+
+
 def preflight(target: str, credentials: Credentials | None) -> None:
     """Raises IdentityError where a server is there and one end will not have the other: gRPC says only that
     it is UNAVAILABLE, as of a server that is not there yet, or slow. Of these nothing is said here.
     """
-    try:
-        with socket.create_connection((_host(target), int(target.rpartition(":")[2])), WAIT_S) as connection:
-            if credentials:
-                _shake_hands(connection, target, credentials)
-            elif _speaks_tls(connection):
-                raise IdentityError(
-                    f"the server at {target} takes clients with a certificate: say --certs FOLDER"
-                )
-    except (OSError, ValueError, OverflowError):
-        return
+    with contextlib.suppress(OSError, ValueError, OverflowError):
+        meet(target, credentials)
 
 
-def _shake_hands(connection: socket.socket, target: str, credentials: Credentials) -> None:
+def meet(target: str, credentials: Credentials | None, wait: float = WAIT_S) -> Handshake | None:
+    """What the handshake with a server came to; None where neither end wants one. wait: seconds, a step.
+
+    Raises IdentityError where one end will not have the other, and the OSError that is no one's judgement:
+    nobody is there, or says anything in time.
+    """
+    with socket.create_connection((_host(target), int(target.rpartition(":")[2])), wait) as connection:
+        if credentials:
+            return _shake_hands(connection, target, credentials)
+        if _speaks_tls(connection):
+            raise IdentityError(
+                f"the server at {target} takes clients with a certificate: say --certs FOLDER"
+            )
+        return None
+
+
+def _shake_hands(connection: socket.socket, target: str, credentials: Credentials) -> Handshake:
     """As gRPC will. Raises IdentityError, or an OSError that is no one's judgement."""
     folder, end = credentials.folder, credentials.end
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -209,6 +225,10 @@ def _shake_hands(connection: socket.socket, target: str, credentials: Credential
                     f"the server at {target} does not accept {folder / f'{end}.pem'}: it trusts another "
                     f"authority, or by its clock the certificate is not valid; {_clock()}"
                 )
+            theirs = secure.getpeercert(binary_form=True)
+            assert theirs, "it was verified"
+            expires = x509.load_der_x509_certificate(theirs).not_valid_after_utc
+            return Handshake(secure.version() or "TLS", expires)
     except ssl.SSLCertVerificationError as error:
         remedy = _REMEDIES.get(error.verify_code, "").format(
             folder=folder, host=_host(target), clock=_clock()

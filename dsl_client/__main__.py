@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 PROGRAM = "dsl-client"
 DESCRIPTION = """Holds private data and the bottom of a network that is cut in two.
-Joins the run of a dsl-server, which says what is trained and how."""
+Joins the run of a dsl-server, which says what is trained and how.
+Completion for a shell: dsl-client --print-completion bash, zsh or fish."""
 
 
 @dataclass(frozen=True)

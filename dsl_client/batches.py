@@ -160,7 +160,7 @@ class Batches:
             yield normalise(x), self._labels[places[batch]]
 
     def plain(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every batch once, in the order of the images, none of which is augmented."""
+        """Every batch once, x (B, C, H, W) and y (B,), in the images' order, none of them augmented."""
         for batch in range(len(self)):
             some = slice(batch * self._size, (batch + 1) * self._size)
             yield normalise(self._images[some]), self._labels[some]

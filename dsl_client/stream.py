@@ -377,7 +377,8 @@ class Examination:
         self._stream.put(codec.pack_batch(kind, self._sequence, smashed, self._spec, self._client, choice))
 
     def output(self, smashed: Smashed) -> Tensor:
-        """What the server's layers make of a batch, for a client that has the last ones."""
+        """What the server's layers make of a batch, (B, *output_shape), for a client that has the last ones.
+        Raises WireError for any other answer."""
         self.send(smashed)
         first, rest = self._stream.following()
         shape = (len(smashed.z), *self._spec.output_shape)
@@ -387,7 +388,8 @@ class Examination:
         self._stream.fail(reason)
 
     def finish(self, closing: pb.ClientScore | None) -> pb.Score:
-        """The score, once it is made; `closing`: what the client itself has to say of it."""
+        """The score, once it is made; `closing`: what the client itself has to say of it. Raises WireError
+        where another answer comes."""
         if closing is not None:
             self._stream.put(iter([Piece(pb.EvaluateRequest(client_score=closing))]))
         self._stream.finish()

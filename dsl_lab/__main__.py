@@ -13,10 +13,12 @@ from common.errors import ConfigError
 from dsl_lab import certs
 from dsl_lab.cuts import Cuts, cuts
 from dsl_lab.demo import Demo, demo
+from dsl_lab.doctor import Doctor, doctor
 from dsl_lab.paper import Paper, paper
 
 PROGRAM = "dsl"
-DESCRIPTION = "Whole experiments on one machine, made of real dsl-server and dsl-client processes."
+DESCRIPTION = """Whole experiments on one machine, made of real dsl-server and dsl-client processes; and tools
+that both ends need. Completion for a shell: dsl --print-completion bash, zsh or fish."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ Command = (
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Methods, tyro.conf.subcommand("methods")]
     | Annotated[Cuts, tyro.conf.subcommand("cuts")]
+    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     | Annotated[certs.Certs, tyro.conf.subcommand("certs")]
 )
 
@@ -62,7 +65,7 @@ def main() -> None:
 
 def _main(arguments: list[str]) -> int:
     console = Console()
-    command = tyro.cli(Command, prog=PROGRAM, description=DESCRIPTION, args=arguments)
+    command = tyro.cli(Command, prog=PROGRAM, description=DESCRIPTION, args=cli.flags(arguments))
     if isinstance(command, Demo):
         demo(command, console)
         return 0
@@ -74,6 +77,8 @@ def _main(arguments: list[str]) -> int:
     if isinstance(command, Cuts):
         cuts(command, console)
         return 0
+    if isinstance(command, Doctor):
+        return 0 if doctor(command, console) else 1
     if isinstance(command, certs.Certs):
         certs.run(command.command)
         return 0

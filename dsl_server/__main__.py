@@ -18,7 +18,8 @@ from common.run import Run, defaults_from
 
 PROGRAM = "dsl-server"
 DESCRIPTION = """Holds the top of a network that is cut in two, and the description of the run.
-Clients (dsl-client) hold the bottom and the data; they receive all else from here."""
+Clients (dsl-client) hold the bottom and the data; they receive all else from here.
+Completion for a shell: dsl-server --print-completion bash, zsh or fish."""
 
 
 @dataclass(frozen=True)

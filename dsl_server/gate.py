@@ -1,4 +1,5 @@
-"""What a caller may cost the server: by a stream that says nothing, by call after call that is refused."""
+"""What a caller may cost the server: by a stream that says nothing, by call after call that is refused, or
+that anyone may make."""
 
 import threading
 import time
@@ -8,9 +9,13 @@ from typing import Any
 
 import grpc
 
+from common.wire.rpc import PING
+
 OPENING_S = 60.0  # for the first message of a stream: on a slow link it has another's batches before it
-PROMPT = 100  # refusals within a second that are told at once
+PROMPT = 100  # refusals, or answers to strangers, that are told at once
+WITHIN_S = 1.0  # so many in this time
 HELD_S = 1.0  # how long those above are not told
+STRANGERS = (PING.path,)  # who calls these need not be a member
 
 Context = grpc.ServicerContext
 
@@ -22,7 +27,7 @@ class Gate(grpc.ServerInterceptor):
     """
 
     def __init__(self) -> None:
-        self._refusals = deque[float](maxlen=PROMPT)  # when the last ones were
+        self._told = deque[float](maxlen=PROMPT)  # when the last ones were
         self._lock = threading.Lock()
 
     def intercept_service(self, continuation: Callable[[Any], Any], details: Any) -> Any:
@@ -31,11 +36,22 @@ class Gate(grpc.ServerInterceptor):
             return None
         kind = "stream" if handler.request_streaming else "unary"
         kind += "_stream" if handler.response_streaming else "_unary"
+        method = getattr(handler, kind)
+        if details.method in STRANGERS:
+            method = self._held(method)
         return getattr(grpc, f"{kind}_rpc_method_handler")(
-            self._guarded(getattr(handler, kind), handler.request_streaming, handler.response_streaming),
+            self._guarded(method, handler.request_streaming, handler.response_streaming),
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
+
+    def _held(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def held(request: Any, context: Context) -> Any:
+            answer = method(request, context)
+            self._hold(context)
+            return answer
+
+        return held
 
     def _guarded(
         self, method: Callable[..., Any], requests_stream: bool, responses_stream: bool
@@ -60,13 +76,13 @@ class Gate(grpc.ServerInterceptor):
         return stream if responses_stream else unary
 
     def _hold(self, context: Context) -> None:
-        """A refusal that is one of too many is told later, unless nobody waits for it any more."""
+        """What is one of too many is told later, unless nobody waits for it any more."""
         gone, now = threading.Event(), time.monotonic()
         if not context.add_callback(gone.set):
             return
         with self._lock:
-            many = len(self._refusals) == PROMPT and now - self._refusals[0] < 1.0
-            self._refusals.append(now)
+            many = len(self._told) == PROMPT and now - self._told[0] < WITHIN_S
+            self._told.append(now)
         if many:
             gone.wait(HELD_S)
 

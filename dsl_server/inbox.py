@@ -65,7 +65,7 @@ class ThroughTail:
         return self.gradient.result()
 
     def give(self, gradient: Tensor) -> None:
-        """Raises why nobody waits for it any more."""
+        """The gradient, of the output's shape. Raises why nobody waits for it any more."""
         with suppress(InvalidStateError):
             self.gradient.set_result(gradient)
         self.gradient.result()

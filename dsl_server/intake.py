@@ -176,6 +176,7 @@ class Intake:
         return tensors, facts
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """The last answers, as `state` gave them."""
         for client, known in facts.items():
             nothing = torch.empty(0)
             batch = Arrived(nothing, nothing, known["sequence"], Parcel(fp32(), Encoded((0,), [nothing])))

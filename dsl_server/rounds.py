@@ -260,7 +260,8 @@ class Rounds:
         """The mean of the clients' parts of this epoch, once all have come from those that remain; and
         whether the member had given its part for the first time.
 
-        The part of a client that was lost after it gave it counts.
+        The part of a client that was lost after it gave it counts. Raises WireError where another epoch's is
+        due, or samples is below 1.
         """
         if samples < 1:
             raise WireError(f"{member}: a part trained on {samples} samples has no weight in an average")
@@ -286,7 +287,8 @@ class Rounds:
             return self._average, not again  # the next one cannot be made before this member has come back
 
     def take_turn(self, member: Member, epoch: int) -> State:
-        """Waits for the member's turn; the part of the client before it, empty at the first turn."""
+        """Waits for the member's turn; the part of the client before it, empty at the first turn. Raises
+        WireError where that turn is over, or cannot be the next."""
         turn = epoch * self._run.clients + member.client
         with self._changed:
             self._check_open(member)
@@ -298,7 +300,7 @@ class Rounds:
         return self._relayed
 
     def end_turn(self, member: Member, epoch: int, part: State) -> None:
-        """Hands the part on to the next client."""
+        """Hands the part on to the next client. Raises WireError where it is not the member's turn."""
         turn = epoch * self._run.clients + member.client
         with self._changed:
             self._check_open(member)

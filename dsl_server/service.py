@@ -3,6 +3,7 @@
 import math
 import re
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -36,6 +37,7 @@ from common.wire import split_learning_pb2 as pb
 from common.wire.codec import BatchSpec
 from common.wire.pieces import Piece
 from common.wire.rpc import EXPECTED, RPCS, SERVICE, VERSION, judged, reader, writer
+from dsl_server import ping
 from dsl_server.audit import Audit, Event
 from dsl_server.inbox import Errand, Inbox, Job
 from dsl_server.intake import Intake, Pieces
@@ -291,6 +293,12 @@ class Service:
         if context.is_active():
             self._rounds.heard(member)
         return pb.LeaveResponse()
+
+    def Ping(self, request: pb.PingRequest, context: Context) -> pb.PingResponse:
+        received = time.time_ns()
+        if self._guard:  # strangers are told no more
+            self._guard.admit(context.auth_context())
+        return ping.answer(request, received, self._method, self._spec)
 
     def _through_tail(
         self, job: Job, requests: Pieces, peer: str, fresh: bool

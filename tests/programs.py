@@ -47,11 +47,16 @@ def serve(start: Start, *flags: object) -> tuple[subprocess.Popen[str], str]:
     process = start(
         "dsl-server", *SMALL, *([] if "--listen" in flags else ["--listen", "127.0.0.1:0"]), *flags
     )
-    assert process.stdout is not None
-    greeting = process.stdout.readline()
+    return process, address_in(process)
+
+
+def address_in(server: subprocess.Popen[str]) -> str:
+    """The address that a server's greeting has, here; the greeting is read."""
+    assert server.stdout is not None
+    greeting = server.stdout.readline()
     found = re.search(r"--server \S+:(\d+)", greeting)
     assert found, greeting
-    return process, f"127.0.0.1:{found[1]}"
+    return f"127.0.0.1:{found[1]}"
 
 
 def ends(process: subprocess.Popen[str], seconds: float) -> tuple[int, str]:

@@ -82,6 +82,7 @@ def test_grpc_is_known_only_where_a_wire_ends() -> None:
     assert knowing == {
         "dsl_client/stream.py",
         "dsl_client/connection.py",
+        "dsl_lab/ping.py",  # a stranger's calls, timed: dsl doctor
         "dsl_server/service.py",
         "dsl_server/server.py",
         "dsl_server/gate.py",

@@ -69,6 +69,7 @@ class Parcel:
         return sum(tensor.numel() * tensor.itemsize for tensor in self.encoded.tensors)
 
     def open(self) -> Tensor:
+        """(B, C, ...) float32, anew each time. Raises WireError for a payload that is malformed."""
         return self.codec.decode(self.encoded)
 
 
@@ -93,14 +94,16 @@ class Codec:
     feedback: bool = False
 
     def encode(self, tensor: Tensor, generator: Generator, training: bool) -> Encoded:
-        """Raises WireError for values that are NaN or infinite. fp32's payload shares the tensor's memory."""
+        """tensor (B, C, ...) float32. Raises WireError for values that are NaN or infinite. fp32's
+        payload shares the tensor's memory."""
         shape = self._judged(tuple(tensor.shape))
         if tensor.dtype != torch.float32:
             raise WireError(f"{self.name}: encodes torch.float32; this is {tensor.dtype}")
         return Encoded(shape, self.pack(tensor.detach().contiguous(), generator, training))
 
     def decode(self, encoded: Encoded) -> Tensor:
-        """Raises WireError for a payload that is malformed. fp32's result shares the payload's memory."""
+        """(B, C, ...) float32, as it was encoded. Raises WireError for a payload that is malformed. fp32's
+        result shares the payload's memory."""
         self.judge(encoded.shape, [(tensor.dtype, tuple(tensor.shape)) for tensor in encoded.tensors])
         return self.unpack(encoded.tensors, encoded.shape)
 
@@ -135,6 +138,6 @@ class Codec:
 
 
 def refuse_unless_finite(what: str, *tensors: Tensor) -> None:
-    """Extremes, scales or values. Raises WireError."""
+    """Extremes, scales or values, of any shape. Raises WireError, saying what they are of."""
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
         raise WireError(f"{what}: NaN or infinite values; lower the learning rate or check the data")

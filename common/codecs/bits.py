@@ -17,7 +17,8 @@ def packed_size(count: int, bits: int) -> int:
 
 
 def room(count: int, bits: int, device: torch.device) -> Tensor:
-    """Room for so many codes, a byte each (uint8), and for the zeros that fill up the last byte."""
+    """Room for so many codes, (count and more,) uint8, a byte each: what is more are the zeros that fill up
+    the last byte."""
     codes = torch.empty(packed_size(count, bits) * (8 // bits), dtype=torch.uint8, device=device)
     codes[count:] = 0
     return codes

@@ -38,7 +38,7 @@ def fp8() -> Codec:
 
 
 def saturated(x: Tensor, peak: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in this type, which has infinities, without any; peak (): max |x|."""
+    """x, of any shape, in this type, which has infinities, without any; peak (): max |x|."""
     most = torch.finfo(dtype).max
     return (x.clamp(-most, most) if float(peak) > most else x).to(dtype)
 

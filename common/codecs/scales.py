@@ -10,7 +10,7 @@ _FLOAT = torch.finfo(torch.float32)
 
 
 def scale_of(peak: Tensor, levels: int) -> Tensor:
-    """peak / levels, element by element, for codes up to `levels`.
+    """peak / levels, element by element and of peak's shape, for codes up to `levels`.
 
     At least the smallest normal number, 2^-126, so that 1 / scale is finite; at most what keeps
     levels * scale finite.

@@ -18,6 +18,7 @@ def topk(k: float = 0.1) -> Codec:
     Those kept: error at most 2^-8 |x|, or 2^-134 if that is more. The others: |x|, which is at most the
     smallest |x| that is kept. Values are bf16, whose range is float32's; indices within the sample ascend,
     uint16 for D up to 65,536, else int32: 4 or 6 bytes for each that is kept.
+    Raises ConfigError for another k.
     """
     if not 0 < k <= 1:
         raise ConfigError(f"topk: k {k} must be above 0 and at most 1")
@@ -30,7 +31,7 @@ def randtopk(k: float = 0.1, alpha: float = 0.1) -> Codec:
     Each of the k largest has the probability (1 - alpha) / k to be drawn next, each other alpha / (D - k),
     up to a common factor: as the k largest are used up, more than alpha of all drawn lie outside, 0.19 for
     alpha = 0.1 and D much larger than k. Otherwise topk, as in evaluation.
-    Those drawn: error as topk's. The others: |x|. Size as topk's.
+    Those drawn: error as topk's. The others: |x|. Size as topk's. Raises ConfigError for another k or alpha.
 
     F. Zheng, C. Chen, L. Lyu and B. Yao, "Reducing Communication for Split Learning by Randomized Top-k
     Sparsification", IJCAI 2023. https://www.ijcai.org/proceedings/2023/0519.pdf

@@ -58,7 +58,7 @@ class Residuals:
         return torch.cat([tensor[:rows] + kept[:rows], tensor[rows:]])
 
     def keep(self, way: Way, client: int, lost: Tensor) -> None:
-        """What the coding of that sum took away; rows that it has not keep what they are owed."""
+        """lost (B, ...): what the coding of that sum took away; other rows keep what they are owed."""
         kept = self._kept.get((way, client), lost)
         self._kept[way, client] = torch.cat([lost, kept[len(lost) :]])
 
@@ -98,7 +98,7 @@ class Travel:
         return self.gradients if way in (Way.GRADIENT, Way.TAIL_GRADIENT) else self.activations
 
     def encode(self, way: Way, tensor: Tensor, client: int, sequence: int, choice: str = "") -> Parcel:
-        """Of a batch's tensor, where it lies. Raises WireError for values that are not finite."""
+        """Of a batch's tensor (B, ...), where it lies. Raises WireError for values that are not finite."""
         numbers = np.random.SeedSequence([self.seed, client, sequence, way]).generate_state(1, np.uint64)
         dice = torch.Generator(tensor.device).manual_seed(int(numbers[0]) >> 1)
         codec, training = self.codec(way, choice), way not in _EXAMS
@@ -110,5 +110,5 @@ class Travel:
         return parcel
 
     def through(self, way: Way, tensor: Tensor, client: int, sequence: int) -> Tensor:
-        """What arrives of the tensor at the other end."""
+        """What arrives of the tensor (B, ...) at the other end, in its shape."""
         return self.encode(way, tensor, client, sequence).open()

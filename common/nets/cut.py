@@ -142,7 +142,10 @@ def depth_of(model: str) -> int:
 
 
 def blocks_at_client(model: str, split: str) -> int:
-    """How many residual blocks the client keeps: at least one, and one less than all at most."""
+    """How many residual blocks the client keeps: at least one, and one less than all at most.
+
+    Raises ConfigError, naming the split, or the model, where there is no such.
+    """
     blocks = (depth_of(model) - 2) // 2
     if split in SPLITS:
         return max(1, round(SPLITS[split] * blocks))

@@ -52,7 +52,7 @@ def cut_at(model: str, net: nn.Module, example: Tensor, layer: str) -> Halves:
 
 
 def cut_traced(model: str, net: nn.Module, modes: Sequence[Trace], layer: str) -> Halves:
-    """As `cut_at`, of a network that is traced already, and without the proof."""
+    """As `cut_at`, of a network that is traced already, and without the proof. Raises ConfigError, too."""
     places = places_of(modes, layer)
     if places is None:
         near = get_close_matches(layer, modes[0].layers, 3, 0.3) or list(modes[0].layers)[:3]

@@ -33,6 +33,7 @@ class Block(nn.Module):
         return F.relu(y + self.shortcut(x), inplace=True)
 
     def shortcut(self, x: Tensor) -> Tensor:
+        """As `forward`'s shapes: x itself, or every stride-th pixel with channels of zeros around."""
         if self.grow == 0:
             return x
         before = self.grow // 2

@@ -162,7 +162,8 @@ def pack_gradient(
     client: int = 0,
     loss: float | None = None,
 ) -> Iterator[Piece[Head]]:
-    """A gradient; none, as an answer to a batch that had no part in the step."""
+    """A gradient (B, ...) of the batch of this number; none, as an answer to one that had no part in the
+    step. loss: mean cross-entropy in nats. Raises WireError where it is not finite."""
     head = pb.Gradient(sequence=sequence, loss=loss or 0)
     if gradient is None:
         return _cut(kind, {"gradient": head}, [])
@@ -191,7 +192,8 @@ def unpack_gradient(
 def pack_output(
     kind: type[Head], sequence: int, output: Tensor, spec: BatchSpec, client: int = 0
 ) -> Iterator[Piece[Head]]:
-    """What the server's layers made of a batch, for a client that has the last ones."""
+    """What the server's layers made of a batch, (B, ...), for a client that has the last ones. Raises
+    WireError where it is not finite."""
     head = pb.Output(sequence=sequence, output=_describe(output))
     training = kind is pb.TrainResponse
     sending = _Sending(spec.travel, Way.OUTPUT if training else Way.EXAM_OUTPUT, client, sequence)

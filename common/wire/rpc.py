@@ -52,8 +52,9 @@ TRAIN = Rpc("Train", pb.TrainRequest, pb.TrainResponse, True, True, True, True)
 SYNC_WEIGHTS = Rpc("SyncWeights", pb.SyncWeightsRequest, pb.SyncWeightsResponse, True, True, True, True)
 EVALUATE = Rpc("Evaluate", pb.EvaluateRequest, pb.EvaluateResponse, True, True, True, True)
 LEAVE = Rpc("Leave", pb.LeaveRequest, pb.LeaveResponse)
+PING = Rpc("Ping", pb.PingRequest, pb.PingResponse)
 
-RPCS = (JOIN, STREAM_ACTIVATIONS, TRAIN, SYNC_WEIGHTS, EVALUATE, LEAVE)
+RPCS = (JOIN, STREAM_ACTIVATIONS, TRAIN, SYNC_WEIGHTS, EVALUATE, LEAVE, PING)
 
 Write = Callable[[Any], bytes]
 Read = Callable[[bytes], Any]

@@ -369,3 +369,31 @@ class Measurements(_message.Message):
     peak_bytes: int
     memory: _containers.ScalarMap[str, int]
     def __init__(self, seconds: _Optional[_Mapping[str, float]] = ..., peak_bytes: _Optional[int] = ..., memory: _Optional[_Mapping[str, int]] = ...) -> None: ...
+
+class PingRequest(_message.Message):
+    __slots__ = ("answer_bytes", "data")
+    ANSWER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    answer_bytes: int
+    data: bytes
+    def __init__(self, answer_bytes: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class PingResponse(_message.Message):
+    __slots__ = ("oldest_version", "newest_version", "release", "received_ns", "answered_ns", "sample_bytes", "one_way", "data")
+    OLDEST_VERSION_FIELD_NUMBER: _ClassVar[int]
+    NEWEST_VERSION_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_NS_FIELD_NUMBER: _ClassVar[int]
+    ANSWERED_NS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ONE_WAY_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    oldest_version: int
+    newest_version: int
+    release: str
+    received_ns: int
+    answered_ns: int
+    sample_bytes: int
+    one_way: bool
+    data: bytes
+    def __init__(self, oldest_version: _Optional[int] = ..., newest_version: _Optional[int] = ..., release: _Optional[str] = ..., received_ns: _Optional[int] = ..., answered_ns: _Optional[int] = ..., sample_bytes: _Optional[int] = ..., one_way: _Optional[bool] = ..., data: _Optional[bytes] = ...) -> None: ...

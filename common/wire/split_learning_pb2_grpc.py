@@ -65,6 +65,11 @@ class SplitLearningServiceStub:
                 request_serializer=dsl_dot_v1_dot_split__learning__pb2.LeaveRequest.SerializeToString,
                 response_deserializer=dsl_dot_v1_dot_split__learning__pb2.LeaveResponse.FromString,
                 _registered_method=True)
+        self.Ping = channel.unary_unary(
+                '/dsl.v1.SplitLearningService/Ping',
+                request_serializer=dsl_dot_v1_dot_split__learning__pb2.PingRequest.SerializeToString,
+                response_deserializer=dsl_dot_v1_dot_split__learning__pb2.PingResponse.FromString,
+                _registered_method=True)
 
 
 class SplitLearningServiceServicer:
@@ -119,6 +124,14 @@ class SplitLearningServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Ping(self, request, context):
+        """Answers whoever may join, member or not, and changes nothing: for dsl doctor, which finds out why a
+        client cannot join, or is slow.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SplitLearningServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -151,6 +164,11 @@ def add_SplitLearningServiceServicer_to_server(servicer, server):
                     servicer.Leave,
                     request_deserializer=dsl_dot_v1_dot_split__learning__pb2.LeaveRequest.FromString,
                     response_serializer=dsl_dot_v1_dot_split__learning__pb2.LeaveResponse.SerializeToString,
+            ),
+            'Ping': grpc.unary_unary_rpc_method_handler(
+                    servicer.Ping,
+                    request_deserializer=dsl_dot_v1_dot_split__learning__pb2.PingRequest.FromString,
+                    response_serializer=dsl_dot_v1_dot_split__learning__pb2.PingResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -316,6 +334,33 @@ class SplitLearningService:
             '/dsl.v1.SplitLearningService/Leave',
             dsl_dot_v1_dot_split__learning__pb2.LeaveRequest.SerializeToString,
             dsl_dot_v1_dot_split__learning__pb2.LeaveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Ping(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dsl.v1.SplitLearningService/Ping',
+            dsl_dot_v1_dot_split__learning__pb2.PingRequest.SerializeToString,
+            dsl_dot_v1_dot_split__learning__pb2.PingResponse.FromString,
             options,
             channel_credentials,
             insecure,
