@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint stubs soak bench-accuracy bench-codecs bench-durability bench-link bench-memory bench-methods bench-overlap bench-paper bench-traffic bench-wire clean fuzz
+.PHONY: demo test test-slow lint stubs examples soak bench-accuracy bench-codecs bench-durability bench-link bench-memory bench-methods bench-overlap bench-paper bench-traffic bench-wire clean fuzz
 
 demo: $(VENV)/ready
 	$(BIN)/dsl demo
@@ -26,6 +26,9 @@ fuzz: $(VENV)/ready
 
 stubs: $(VENV)/ready
 	$(BIN)/python tools/stubs.py
+
+examples: $(VENV)/ready
+	$(BIN)/python tools/notebook.py examples/compare.ipynb
 
 soak: $(VENV)/ready
 	$(BIN)/python benchmarks/soak/main.py $(SOAK)
