@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo docs test test-slow lint stubs soak bench-accuracy bench-codecs bench-durability bench-layout bench-link bench-memory bench-methods bench-overlap bench-paper bench-traffic bench-wire clean fuzz
+.PHONY: demo docs test test-slow lint stubs soak bench-accuracy bench-codecs bench-durability bench-layout bench-link bench-memory bench-methods bench-overlap bench-paper bench-traffic bench-wire clean fuzz examples
 
 demo: $(VENV)/ready
 	$(BIN)/dsl demo
@@ -30,6 +30,9 @@ stubs: $(VENV)/ready
 docs: $(VENV)/docs
 	$(BIN)/python tools/settings.py
 	$(BIN)/python tools/pages.py --build
+
+examples: $(VENV)/ready
+	$(BIN)/python tools/notebook.py examples/compare.ipynb
 
 soak: $(VENV)/ready
 	$(BIN)/python benchmarks/soak/main.py $(SOAK)

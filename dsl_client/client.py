@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from common import checkpoint
+from common import chance, checkpoint
 from common.disk import until_written
 from common.errors import ConfigError, SplitLearningError
 from common.live import Gauge
 from common.meter import Clock, Traffic, peak_bytes
 from common.methods import build_method
 from common.methods.base import ClientPart
-from common.nets.cut import CutNet, build
+from common.nets.cut import CutNet
 from common.nets.named import is_own, versions
 from common.parts import client_part
 from common.run import Run
@@ -26,30 +26,35 @@ from common.wire.codec import batch_spec
 from dsl_client import data
 from dsl_client.batches import Batches, Indices, limited, partition
 from dsl_client.connection import Connection
+from dsl_client.datasets import Pair, taken
 from dsl_client.memory import Memory
 from dsl_client.spool import told_of
 from dsl_client.trainer import Scored, Step, Trainer
 
 
 class Client:
-    """`source`: where the data is, if not where the run says. memory: what it remembers of the run, if it has
-    been a member before. model: code of this side's own that the run may build its network with."""
+    """`source`: where the data is, if not where the run says; or the data, (train, test). memory: what it
+    remembers of the run, if it has been a member before. model: code of this side's own that the run may
+    build its network with. alone: whether it has its process to itself; else its peak memory is not known."""
 
     def __init__(
         self,
         target: str,
         name: str,
         device: torch.device,
-        source: str | None = None,
+        source: str | Pair | None = None,
         credentials: Credentials | None = None,
         memory: Memory | None = None,
         model: str | None = None,
+        alone: bool = True,
     ) -> None:
         self._memory = memory or Memory()
         self._name, self._device, self._source, self._model = name, device, source, model
         self.traffic, self._clock = Traffic(), Clock()
         self._connection = Connection(target, self.traffic, self._clock, credentials, self._memory)
         self.index = -1
+        self._net: CutNet | None = None
+        self._alone = alone
 
     def join(self, patience: float, takeover: bool = False) -> Run:
         """The run that this client is now a member of. Raises RefusedError or ClosedError."""
@@ -57,6 +62,11 @@ class Client:
         welcome = self._connection.join(self._name, patience, takeover)
         self.run, self.index, self._network = Run.from_json(welcome.run), welcome.client, welcome.network
         return self.run
+
+    def build(self) -> None:
+        """The network, ahead of `train`: where clients share a process, all build before one trains. Raises
+        ConfigError."""
+        self._net = self._built()
 
     def train(
         self,
@@ -69,9 +79,9 @@ class Client:
         run, method = self.run, build_method(self.run)
         if run.deterministic:
             torch.set_num_threads(1)
-        torch.manual_seed(run.seed + 1 + self.index)  # for dropout
+        chance.seed(run.seed + 1 + self.index)  # for dropout
         folder = RunFolder(out, run, f"client-{self.index}", self._goes_on)
-        net = self._built()
+        net = self._net or self._built()
         self.part = client_part(run, method, net, self._device)
         gauge = Gauge(self._device) if run.measure_memory else None
         method = gauge.around(method) if gauge else method
@@ -86,7 +96,7 @@ class Client:
 
         trainer = Trainer(run, self.index, method, self.part, self._connection, spec, self._clock, on_choice)
         trainer.train(train, test, on_step, scored)
-        measured = measurements(self._clock, self._device, gauge)
+        measured = measurements(self._clock, self._device, gauge, self._alone)
         self._connection.leave(measured)
         checkpoint.save(folder.path / "checkpoint", self.part, {"run": asdict(run), "client": self.index})
         folder.write_summary(
@@ -119,7 +129,7 @@ class Client:
                 f"the server's run is of --model {model}, and it is not for a server to say which code runs "
                 f"here: if it may, start dsl-client with --model {model}"
             )
-        net = build(self.run)
+        net = chance.built(self.run)
         if self._network and self._network != net.fingerprint:
             raise ConfigError(
                 f"this client builds another network than the server from --model {model} cut at "
@@ -129,7 +139,10 @@ class Client:
 
     def _batches(self) -> tuple[Batches, Batches]:
         run, size = self.run, self.run.batch_size
-        train, test = data.load(self._source or run.data, run.image_shape, run.class_count)
+        source, image, classes = self._source or run.data, run.image_shape, run.class_count
+        train, test = (
+            data.load(source, image, classes) if isinstance(source, str) else taken(source, image, classes)
+        )
         train = limited(train, run.train_limit, run.seed)
         test = limited(test, run.test_limit, run.seed)
         mine = None
@@ -164,11 +177,13 @@ def _forward_passes(part: ClientPart) -> Iterator[nn.Module]:
     yield from filter(None, [part.outermost, part.head, part.tail])
 
 
-def measurements(clock: Clock, device: torch.device, gauge: Gauge | None = None) -> pb.Measurements:
+def measurements(
+    clock: Clock, device: torch.device, gauge: Gauge | None = None, alone: bool = True
+) -> pb.Measurements:
     """What this process measured. `backward` is what steps took beside forward passes and waiting;
     `train` the time from the first batch of an epoch to its last, and to the last receipt of all.
     """
     seconds = clock.seconds("forward", "backward", "encode", "wait", "train", "step")
     seconds["backward"] = max(0.0, seconds.pop("step") - seconds["forward"])
     memory = {"peak": gauge.peak, "held": gauge.held} if gauge else {}
-    return pb.Measurements(seconds=seconds, peak_bytes=peak_bytes(device), memory=memory)
+    return pb.Measurements(seconds=seconds, peak_bytes=peak_bytes(device) if alone else 0, memory=memory)

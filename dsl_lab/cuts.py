@@ -43,6 +43,16 @@ class Cuts:
 
 def cuts(options: Cuts, console: Console) -> None:
     """Prints the table. Raises ConfigError."""
+    rows, best = listed(options)
+    table = tabulated(options, rows, best)
+    wide = console.options.update(max_width=1000)
+    console.width = max(console.width, Measurement.get(console, wide, table).maximum)
+    console.print(table)
+    console.print(_verdict(options, rows, best), soft_wrap=True)
+
+
+def listed(options: Cuts) -> "tuple[list[Costs], Costs | None]":
+    """All cuts, from the input on, and the best. Raises ConfigError."""
     rate, memory = _bits_of(options.link), bytes_of("--memory", options.memory)
     if options.batch_size < 1 or not options.speed > 0:
         raise ConfigError(f"--batch-size {options.batch_size}, --speed {options.speed}: must be above 0")
@@ -52,12 +62,7 @@ def cuts(options: Cuts, console: Console) -> None:
     rows = costs_of(places_in(options.model, image, options.classes))
     if not rows:
         raise ConfigError(f"--model {options.model}: there is no layer that it can be cut after")
-    best = best_of(rows, options.batch_size, rate, memory, options.speed)
-    table = _table(options, rows, best, rate)
-    wide = console.options.update(max_width=1000)
-    console.width = max(console.width, Measurement.get(console, wide, table).maximum)
-    console.print(table)
-    console.print(_verdict(options, rows, best), soft_wrap=True)
+    return rows, best_of(rows, options.batch_size, rate, memory, options.speed)
 
 
 def best_of(rows: Sequence["Costs"], batch: int, rate: float, memory: int, speed: float) -> "Costs | None":
@@ -77,7 +82,9 @@ def _seconds(row: "Costs", rate: float, speed: float) -> float:
     return max(_STEP * row.client.macs / (speed * 1e9), 8 * row.sent_bytes / rate) if rate else 0.0
 
 
-def _table(options: Cuts, rows: Sequence["Costs"], best: "Costs | None", rate: float) -> Table:
+def tabulated(options: Cuts, rows: Sequence["Costs"], best: "Costs | None") -> Table:
+    """A row for each cut; the best is marked where there is a link or a memory to choose by."""
+    rate = _bits_of(options.link)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("cut after", "a sample\nsends", "\nkB"):
         table.add_column(heading, justify="right" if "kB" in heading else "left", no_wrap=True)

@@ -29,6 +29,7 @@ class Experiment:
 
     device: where each of them computes.
     link: given the server's port, the slow link by which all clients reach it.
+    also: further flags of each client. in_order: clients join one after the other, so each has its number.
     """
 
     settings: Mapping[str, Setting]
@@ -38,6 +39,8 @@ class Experiment:
     environment: Mapping[str, str] = field(default_factory=dict)
     link: Callable[[int], Link] | None = None
     device: str = "auto"
+    also: Sequence[Sequence[str]] = ()
+    in_order: bool = False
 
     @property
     def clients(self) -> int:
@@ -64,6 +67,7 @@ class Experiment:
                 f"client-{i}",
                 "--out",
                 str(self.out / f"client-{i}"),
+                *(self.also[i] if self.also else ()),
             ]
             for i in range(self.clients)
         ]
@@ -86,6 +90,10 @@ def _run(experiment: Experiment, commands: Sequence[Sequence[str]], on_wait: Cal
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for index, command in enumerate(commands):
+            while experiment.in_order and index > 1 and not _has_joined(experiment, index - 2):
+                _check(experiment, processes)
+                on_wait()
+                time.sleep(0.1)
             processes.append(_start(experiment, index, command))
         while any(process.poll() is None for process in processes):
             _check(experiment, processes)
@@ -118,6 +126,11 @@ def _start(experiment: Experiment, index: int, command: Sequence[str]) -> subpro
             stdout=log,
             stderr=log,
         )
+
+
+def _has_joined(experiment: Experiment, client: int) -> bool:
+    """It describes the run that it has been told."""
+    return (experiment.out / f"client-{client}" / "run.json").exists()
 
 
 def _check(experiment: Experiment, processes: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -13,10 +13,11 @@ from typing import Any, get_args, get_origin, get_type_hints
 from common.errors import ConfigError
 
 # The settings that name a run, and how a setting is put in words.
-IDENTITY = ("model", "split", "clients")
+IDENTITY = ("model", "split", "cut", "clients")
 _WORDS = {
     "client_modules": "{value} client module{s}",
     "clients": "{value} client{s}",
+    "cut": "cut after {value}",
     "epochs": "{value} epoch{s}",
     "head": "{value} head",
     "partition": "{value} shares",
@@ -106,7 +107,7 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Peak:
-    """Most memory held at once, in bytes."""
+    """Most memory held at once, in bytes; 0 where it is not known, since both ends shared a process."""
 
     client: int
     server: int
@@ -134,10 +135,22 @@ class Summary:
 
 
 @dataclass(frozen=True)
+class Losses:
+    """Means of the samples trained on since the last evaluation; None where an end has no loss of its own."""
+
+    loss: float | None
+    """The server's."""
+    client_loss: float | None
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """A line of metrics.jsonl. Bytes count from the run's start."""
+    """A line of metrics.jsonl. Bytes and seconds count from the run's start, epochs from 1."""
 
     epoch: int
+    seconds: float
+    samples_trained: int
+    train: Losses
     test: Score
     wire: Both
 
@@ -224,6 +237,10 @@ class FinishedRun:
             value = " ".join(map(str, value))
         if key == "data":
             value = _without_folders(value)
+        if key == "model":
+            value = value.removeprefix("__main__:")  # a script's, or a notebook's, own
+        if key == "split" and self.about.run.get("cut"):
+            return ""  # which only resnetN has
         if key == "split" and value.isdecimal():
             value = f"block {value}"
         return _WORDS.get(key, "{value}").format(value=value, s="" if value == 1 else "s")
@@ -239,8 +256,14 @@ def read(folder: Path) -> FinishedRun:
     lines = _text(folder, "metrics.jsonl").splitlines()
     if not lines:
         raise ConfigError(f"{folder}/metrics.jsonl holds no evaluation: {_REMEDY}")
-    evaluations = tuple(_parsed(Evaluation, folder, "metrics.jsonl", line) for line in lines)
+    evaluations = tuple(evaluation_of(folder, line) for line in lines)
     return FinishedRun(folder, about, summary, evaluations)
+
+
+def evaluation_of(folder: Path, line: str) -> Evaluation:
+    """Of a line of the folder's metrics.jsonl. Raises ConfigError where it is none."""
+    evaluation: Evaluation = _parsed(Evaluation, folder, "metrics.jsonl", line)
+    return evaluation
 
 
 def find(folder: Path) -> list[FinishedRun]:

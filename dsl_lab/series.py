@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from dsl_lab.runs import IDENTITY, Evaluation, FinishedRun, Runs, at_least_one
 
 ONE_PANEL = 4  # so many series stand in one panel, where apart they would be alone; more are dealt
-PANELS = ("data", "model", "clients", "split")
+PANELS = ("data", "model", "clients", "split", "cut")
 _TELLING = (
     *IDENTITY,
     *("data", "head", "sync", "partition", "recipe", "codec", "client_modules", "server_modules"),
@@ -109,7 +109,7 @@ def _dealt(group: Group, apart: Sequence[str]) -> dict[str, list[Series]]:
 
 def splits(group: Group) -> int:
     """How many cuts there are."""
-    return len({series.first.fact("split") for series in group})
+    return len({(series.first.fact("split"), series.first.fact("cut")) for series in group})
 
 
 def _stat(values: Sequence[float | None]) -> Stat | None:

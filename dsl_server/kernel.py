@@ -7,6 +7,7 @@ are gone with the socket, so the connections are read every second and when a cl
 import platform
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 INTERVAL_S = 1.0
 _TCP_INFO = 1 << 1  # the extension asked for: INET_DIAG_INFO
@@ -21,13 +22,15 @@ class Sockets:
         self._seen: dict[tuple[str, int], tuple[int, int]] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
         self.available = platform.system() == "Linux" and self._works()
 
     def watch(self, port: int) -> None:
         """Counts this port's connections from now on."""
         self._port = port
         if self.available:
-            threading.Thread(target=self._watch, name="kernel-counts", daemon=True).start()
+            self._thread = threading.Thread(target=self._watch, name="kernel-counts", daemon=True)
+            self._thread.start()
 
     def read(self) -> None:
         """Takes the present counts."""
@@ -48,13 +51,20 @@ class Sockets:
     def close(self) -> None:
         self._stop.set()
 
+    def join(self) -> None:
+        """After `close`: waits until its thread has ended."""
+        if self._thread:
+            self._thread.join()
+
     def _watch(self) -> None:
         while not self._stop.wait(INTERVAL_S):
             self.read()
 
     def _works(self) -> bool:
         try:
-            self._read(socket.AF_INET)
+            # By another thread: pyroute2 runs an event loop, and this one may be a notebook's, that has one.
+            with ThreadPoolExecutor(1) as another:
+                another.submit(self._read, socket.AF_INET).result()
         except (OSError, ImportError):  # no permission, no such kernel interface, no pyroute2
             return False
         return True

@@ -43,9 +43,11 @@ class Record:
         clock: Clock,
         device: torch.device,
         gauge: Gauge | None = None,
+        alone: bool = True,
     ) -> None:
         self._run, self._cut_shape, self._folder, self._device = run, cut_shape, folder, device
         self._traffic, self._sockets, self._clock, self._gauge = traffic, sockets, clock, gauge
+        self._alone = alone
         self._start: float | None = None
         self._lock = threading.Lock()
         self._epochs: dict[int, dict[int, Evaluation]] = {}  # by epoch and client, until all have come
@@ -173,7 +175,7 @@ class Record:
             "seconds": {"wall": self.seconds, "client": self._client_seconds(), "server": self._seconds()},
             "peak_bytes": {
                 "client": max((m.peak_bytes for m in self._measurements), default=0),
-                "server": peak_bytes(self._device),
+                "server": peak_bytes(self._device) if self._alone else 0,
             },
             **({"memory": self._memory(self._gauge)} if self._gauge else {}),
         }

@@ -15,7 +15,7 @@ import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from common import checkpoint
+from common import chance, checkpoint
 from common.checkpoint import Checkpoints, Saved
 from common.errors import ClosedError, ConfigError, SplitLearningError, StaleError
 from common.live import Gauge
@@ -23,7 +23,6 @@ from common.meter import Clock, Traffic
 from common.methods import build_method, settled
 from common.methods.base import Gather
 from common.methods.hosting import Hosting
-from common.nets.cut import build
 from common.parts import (
     Spec,
     State,
@@ -65,7 +64,8 @@ class Server:
 
     on_lost: told why a client is gone that the run goes on without. on_trouble: told what is wrong with the
     disk, while it is. credentials: with them clients need a certificate, and are who it says. resume: go on
-    from the newest checkpoint in the folder.
+    from the newest checkpoint in the folder. threads: of the arithmetic; 0: as torch has it.
+    alone: whether it has its process to itself; else its peak memory is not known.
     """
 
     def __init__(
@@ -78,12 +78,15 @@ class Server:
         credentials: Credentials | None = None,
         on_trouble: Callable[[str], None] = lambda _: None,
         resume: bool = False,
+        threads: int = 0,
+        alone: bool = True,
     ) -> None:
         run = settled(run)
+        self._threads = 1 if run.deterministic else threads
         self.run, self._folder, self._on_lost, self._on_trouble = run, folder, on_lost, on_trouble
-        torch.manual_seed(run.seed)  # for dropout
+        chance.seed(run.seed)  # for dropout
         self.method = build_method(run)
-        net = build(run)
+        net = chance.built(run)
         self.part = server_part(run, self.method, net, device)
         self.traffic, self._clock = Traffic(), Clock()
         for layers in [*(stage.layers for stage in self.part.inner), self.part.outermost]:
@@ -116,7 +119,7 @@ class Server:
         self.rounds = Rounds(run, self._close, self._lose, ledger)
         self.sockets = Sockets()
         self.record = Record(
-            run, net.cut_shape, folder, self.traffic, self.sockets, self._clock, device, gauge
+            run, net.cut_shape, folder, self.traffic, self.sockets, self._clock, device, gauge, alone
         )
         self._saver = self._made_saver() if run.lasts else Unsaved()
         self._trainer = Trainer(
@@ -153,7 +156,7 @@ class Server:
         )
         if saved:
             self._restore(saved, part_specs)
-        self._grpc, self._health, self.port = _listen(
+        self._grpc, self._pool, self._health, self.port = _listen(
             listen, run.clients, self._service, self.traffic, credentials
         )
         self.sockets.watch(self.port)
@@ -175,12 +178,16 @@ class Server:
         done.start()
         with contextlib.suppress(ClosedError):
             self._saver.commit()
+        done.cancel()
         self.rounds.close(reason)
 
     def wait(self, timeout: float) -> bool:
         """Whether the run is finished. Raises the reason if it has ended before."""
-        if not self.rounds.wait_until_finished(timeout):
-            return False
+        try:
+            if not self.rounds.wait_until_finished(timeout):
+                return False
+        except ClosedError as closed:
+            raise self._failure or closed from None
         self._thread.join()
         if self._failure:  # of a step after the last client had left
             raise self._failure
@@ -203,6 +210,14 @@ class Server:
         self._grpc.stop(grace=2).wait()
         self.inbox.close(reason)
         self.sockets.close()
+
+    def join(self) -> None:
+        """After `stop`: waits until its threads have ended, of which the trainer's may be within a step."""
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._pool.shutdown()
+        self._service.close()
+        self.sockets.join()
 
     def _found(self) -> tuple[Saved | None, list[Saved]]:
         """The newest checkpoint that is whole, and the facts of all that are, the oldest first. Raises
@@ -300,8 +315,8 @@ class Server:
         self._on_lost(reason)
 
     def _train(self) -> None:
-        if self.run.deterministic:
-            torch.set_num_threads(1)  # each thread has its own number
+        if self._threads:
+            torch.set_num_threads(self._threads)  # each thread has its own number
         try:
             self._trainer.train(self.inbox, self.record.trained)
         except SplitLearningError as error:
@@ -311,12 +326,13 @@ class Server:
 
 def _listen(
     listen: str, clients: int, service: Service, traffic: Traffic, credentials: Credentials | None
-) -> tuple[grpc.Server, health.HealthServicer, int]:
+) -> tuple[grpc.Server, ThreadPoolExecutor, health.HealthServicer, int]:
     members = _CALLS_OF_A_CLIENT * clients
     of_a_connection = members + _SPARE_CALLS  # which may be that of all clients
     calls = members + of_a_connection + _SPARE_CALLS  # so no connection can have the places of the others
+    pool = ThreadPoolExecutor(calls, thread_name_prefix="rpc")
     server = grpc.server(
-        ThreadPoolExecutor(calls, thread_name_prefix="rpc"),
+        pool,
         interceptors=[Gate()],
         options=server_options(PIECE_BYTES * 2 + SLACK_BYTES, of_a_connection),
         maximum_concurrent_rpcs=calls,  # refuse at once what would otherwise wait for a thread
@@ -334,7 +350,7 @@ def _listen(
         raise ConfigError(
             f"--listen {listen}: cannot be bound; is the port in use? Choose another"
         ) from error
-    return server, healthy, port
+    return server, pool, healthy, port
 
 
 def _port(server: grpc.Server, listen: str, credentials: Credentials | None) -> int:

@@ -85,6 +85,7 @@ class Service:
         self._inbox, self._rounds, self._record = inbox, rounds, record
         self._audit, self._guard, self._saver, self._intake = audit, guard, saver, intake
         self._network = network
+        self._leases: list[threading.Timer] = []
         self._contexts: dict[str, Context] = {}  # session to the call of its open segment
 
     def Join(self, request: pb.JoinRequest, context: Context) -> Iterator[pb.JoinResponse]:
@@ -175,7 +176,13 @@ class Service:
 
         lease = threading.Timer(min(self._run.lease, threading.TIMEOUT_MAX), lapse)
         lease.daemon = True
+        self._leases = [*filter(threading.Timer.is_alive, self._leases), lease]
         lease.start()
+
+    def close(self) -> None:
+        """Once the run is over: nobody is expected back any more."""
+        for lease in self._leases:
+            lease.cancel()
 
     def StreamActivations(self, requests: Pieces, context: Context) -> pb.StreamActivationsResponse:
         if not self._method.one_way:

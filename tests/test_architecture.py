@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("common", "dsl_server", "dsl_client", "dsl_lab")
+PACKAGES = ("common", "dsl", "dsl_server", "dsl_client", "dsl_lab")
 GENERATED = ("_pb2.py", "_pb2_grpc.py")
 
 
@@ -50,6 +50,12 @@ def test_common_knows_neither_end(module: Path) -> None:
     assert imports(module, "dsl_server", "dsl_client", "dsl_lab") == []
 
 
+@pytest.mark.parametrize("module", modules("common", "dsl_server", "dsl_client", "dsl_lab"), ids=str)
+def test_nothing_knows_of_the_objects_for_python(module: Path) -> None:
+    """They are made of both ends, and of the lab; none of these of them."""
+    assert imports(module, "dsl") == []
+
+
 @pytest.mark.parametrize("module", modules("common/methods", "common/nets", "common/codecs"), ids=str)
 def test_methods_and_networks_know_no_wire_no_threads_no_files(module: Path) -> None:
     forbidden = ("grpc", "threading", "queue", "asyncio", "socket", "concurrent", "pathlib", "os")
@@ -87,6 +93,12 @@ def test_grpc_is_known_only_where_a_wire_ends() -> None:
         "dsl_server/server.py",
         "dsl_server/gate.py",
     }
+
+
+def test_describing_a_run_and_reading_its_results_do_not_wait_for_torch() -> None:
+    code = "import sys, dsl; dsl.Run(); dsl.read; print(sorted({'torch', 'grpc'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("program", ["dsl_server", "dsl_client", "dsl_lab"])

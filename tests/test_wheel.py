@@ -13,7 +13,7 @@ def test_the_wheel_ships_the_packages_and_nothing_else(tmp_path: Path) -> None:
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    packages = {"common", "dsl_server", "dsl_client", "dsl_lab"}
+    packages = {"common", "dsl", "dsl_server", "dsl_client", "dsl_lab"}
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == packages
     assert {f"{package}/py.typed" for package in packages} <= set(names)
