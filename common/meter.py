@@ -4,6 +4,7 @@
 `Clock` wraps functions, iterators and modules. `Socket` asks the kernel.
 """
 
+import math
 import resource
 import threading
 import time
@@ -105,6 +106,31 @@ def _tensors(rpc: Rpc, direction: Direction, piece: Piece[Any]) -> dict[str, int
     labels = declared_bytes(piece.head.batch.labels)
     labels = labels if labels <= PIECE_BYTES else 0  # no such batch will be taken
     return {"activations": piece.size - labels, "labels": labels}
+
+
+class Rate:
+    """How much comes a second, over the last seconds. One thread adds, any may ask."""
+
+    def __init__(self, window_s: float = 5.0) -> None:
+        self._window = window_s
+        self._state: tuple[float, float, float] | None = None  # what came, faded; when last, and when first
+
+    def add(self, amount: float) -> None:
+        now = time.perf_counter()
+        if self._state is None:
+            self._state = 0.0, now, now  # how long the first took to come is not known
+            return
+        sum_, last, first = self._state
+        self._state = sum_ * math.exp((last - now) / self._window) + amount, now, first
+
+    def per_second(self) -> float:
+        """0 until something has come twice."""
+        if self._state is None:
+            return 0.0
+        (sum_, last, first), now = self._state, time.perf_counter()
+        faded = sum_ * math.exp((last - now) / self._window)
+        span = -math.expm1((first - now) / self._window) * self._window  # less at the beginning
+        return faded / span if span > 0 else 0.0
 
 
 class Clock:

@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -40,12 +41,17 @@ class RunFolder:
         with (self.path / name).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def cut_metrics(self, lines: int) -> None:
-        """Keeps so many lines of metrics.jsonl."""
+    def cut_metrics(self, lines: int) -> list[dict[str, Any]]:
+        """Keeps so many lines of metrics.jsonl, and gives them."""
         metrics = self.path / "metrics.jsonl"
-        if metrics.exists():
-            kept = metrics.read_text().splitlines(keepends=True)[:lines]
-            replace_file(metrics, "".join(kept))
+        if not metrics.exists():
+            return []
+        kept: dict[str, dict[str, Any]] = {}
+        for text in metrics.read_text().splitlines(keepends=True)[:lines]:
+            with suppress(ValueError):  # of a file that lost its end with the machine's power
+                kept[text] = json.loads(text)
+        replace_file(metrics, "".join(kept))
+        return list(kept.values())
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         self._write("summary.json", summary)

@@ -2,21 +2,27 @@
 
 import socket
 import sys
-import time
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common import cli, tls
 from common.errors import SplitLearningError
-from common.progress import Progress, megabytes
+from common.exporter import Exporter
+from common.progress import Progress
 
 if TYPE_CHECKING:
     from common.run import Run
     from dsl_client.client import Client
-    from dsl_client.trainer import Scored, Step
+    from dsl_client.trainer import Scored
+    from dsl_client.watch import Watch
 
 PROGRAM = "dsl-client"
+SHOWN_EVERY_S = 0.2
 DESCRIPTION = """Holds private data and the bottom of a network that is cut in two.
 Joins the run of a dsl-server, which says what is trained and how.
 Completion for a shell: dsl-client --print-completion bash, zsh or fish."""
@@ -47,6 +53,10 @@ class Options:
     the same folder. Its outputs go there too, unless --out says otherwise."""
     takeover: bool = False
     """With --state: end the membership that another process has with it."""
+    metrics_port: int | None = None
+    """Tell Prometheus of this client at this port, 0 for any."""
+    metrics_host: str = "127.0.0.1"
+    """The address of this machine that --metrics-port is at; any but loopback tells others, unencrypted."""
     patience: float = 60.0
     """Seconds to wait for a server that is not there yet, or not there any more in a run with checkpoints."""
 
@@ -61,8 +71,12 @@ def _main(arguments: list[str]) -> int:
     tls.check_exposure("--server", options.server, options.certs, options.insecure)
     credentials = tls.Credentials.read(options.certs, "client") if options.certs else None
     tls.preflight(options.server, credentials)  # what can be said at once, before torch has come
+    port, host = options.metrics_port, options.metrics_host
+    exporter = None if port is None else Exporter(port, host)
+    from dsl_client import metrics
     from dsl_client.client import Client  # imports torch
     from dsl_client.memory import Memory
+    from dsl_client.watch import Watch
 
     name = options.name or (credentials and credentials.name) or socket.gethostname()[:64]
     failure: SplitLearningError | str = ""
@@ -84,13 +98,18 @@ def _main(arguments: list[str]) -> int:
             progress.log(_joined(client, run, options.server))
             if options.state and not run.lasts:
                 progress.log("the run makes no checkpoints (--checkpoint-every), so --state is of no use")
-            view = _View(client, run, progress)
-            folder = client.train(out, view.step, view.scored, progress.log)
+            watch = Watch(client)
+            if exporter:
+                exporter.start(lambda: metrics.metrics_of(watch.view(), PROGRAM))
+                progress.log(exporter.greeting)
+            with _shown(watch, progress):
+                folder = client.train(out, watch.step, partial(_scored, watch, progress), progress.log)
             progress.log(f"finished: everything in {folder}")
         except SplitLearningError as error:
             failure = error
             raise
         except cli.Stopped as stopped:
+            progress.end()
             failure = "" if client.can_return else f"it was stopped ({stopped})"
             raise
         finally:
@@ -105,41 +124,35 @@ def _joined(client: "Client", run: "Run", server: str) -> str:
     )
 
 
-class _View:
-    """The live line, and a line that stays for each evaluation."""
+@contextmanager
+def _shown(watch: "Watch", progress: Progress) -> Iterator[None]:
+    """The live view, by a thread of its own: also while the client waits, or is scored."""
+    from dsl_client import terminal  # imports torch
 
-    def __init__(self, client: "Client", run: "Run", progress: Progress) -> None:
-        self._client, self._run, self._progress = client, run, progress
-        self._start, self._samples, self._due = time.monotonic(), 0, 0.0
-        self._accuracy = "accuracy –"
+    over = threading.Event()
 
-    def step(self, step: "Step") -> None:
-        self._samples += step.samples
-        now = time.monotonic()
-        if now < self._due:
-            return
-        self._due = now + 0.2
-        self._progress.show(
-            "  ".join(
-                [
-                    f"epoch {step.epoch + 1}/{self._run.epochs}",
-                    f"batch {step.batch}/{step.batches}",
-                    f"{self._samples / (now - self._start):,.0f} samples/s",
-                    f"loss {float(step.loss):.3f}" if step.loss is not None else "loss –",
-                    self._accuracy,
-                    self._bytes(),
-                ]
-            )
-        )
+    def show() -> None:
+        while not over.wait(SHOWN_EVERY_S):
+            view = watch.view()
+            progress.show(terminal.line_of(view), terminal.picture_of(view, PROGRAM))
 
-    def scored(self, score: "Scored") -> None:
-        alone = f" (alone {score.alone:.3f})" if score.alone is not None else ""
-        self._accuracy = f"accuracy {score.accuracy:.3f}{alone}"
-        self._progress.log(f"epoch {score.epoch + 1}/{self._run.epochs}  {self._accuracy}  {self._bytes()}")
+    thread = threading.Thread(target=show, name="view", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
-    def _bytes(self) -> str:
-        traffic = self._client.traffic
-        return f"up {megabytes(traffic.total('up'))}  down {megabytes(traffic.total('down'))}"
+
+def _scored(watch: "Watch", progress: Progress, score: "Scored") -> None:
+    """A line that stays for each evaluation."""
+    from dsl_client import terminal
+
+    watch.scored(score)
+    view = watch.view()
+    accuracy = terminal.accuracy_of(score.accuracy, score.alone)
+    progress.log(f"epoch {score.epoch + 1}/{view.epochs}  {accuracy}  {terminal.bytes_of(view)}")
 
 
 if __name__ == "__main__":

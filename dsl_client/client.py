@@ -113,6 +113,15 @@ class Client:
         return folder.path
 
     @property
+    def waiting(self) -> int:
+        """Batches that wait to be sent."""
+        return self._connection.flow.waiting
+
+    def phases(self) -> dict[str, float]:
+        """This process's seconds: forward, backward, encode, wait."""
+        return phases(self._clock)
+
+    @property
     def can_return(self) -> bool:
         """Whether another process can go on where this one ends."""
         return self.index >= 0 and self.run.lasts and self._memory.lasting
@@ -177,13 +186,19 @@ def _forward_passes(part: ClientPart) -> Iterator[nn.Module]:
     yield from filter(None, [part.outermost, part.head, part.tail])
 
 
+def phases(clock: Clock) -> dict[str, float]:
+    """Seconds: forward, backward, encode, wait. `backward` is what steps took beside the others."""
+    seconds = clock.seconds("forward", "backward", "encode", "wait", "step")
+    seconds["backward"] = max(0.0, seconds.pop("step") - seconds["forward"])
+    return seconds
+
+
 def measurements(
     clock: Clock, device: torch.device, gauge: Gauge | None = None, alone: bool = True
 ) -> pb.Measurements:
-    """What this process measured. `backward` is what steps took beside forward passes and waiting;
-    `train` the time from the first batch of an epoch to its last, and to the last receipt of all.
+    """What this process measured: its phases, and in `train` the time from the first batch of an epoch to its
+    last, and to the last receipt of all. alone: else its peak is not known, and told as 0.
     """
-    seconds = clock.seconds("forward", "backward", "encode", "wait", "train", "step")
-    seconds["backward"] = max(0.0, seconds.pop("step") - seconds["forward"])
+    seconds = phases(clock) | clock.seconds("train")
     memory = {"peak": gauge.peak, "held": gauge.held} if gauge else {}
     return pb.Measurements(seconds=seconds, peak_bytes=peak_bytes(device) if alone else 0, memory=memory)

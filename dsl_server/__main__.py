@@ -1,10 +1,12 @@
 """dsl-server: holds the top of the network and learns from the activations that clients send."""
 
 import json
-import math
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,11 @@ import tyro
 
 from common import cli, tls
 from common.errors import ClosedError, ConfigError, StaleError
-from common.progress import Progress, megabytes
+from common.exporter import Exporter
+from common.progress import Progress
 from common.run import Run, defaults_from
+from dsl_server.dashboard.serve import Dashboard
+from dsl_server.trackers import MLflow, TensorBoard, Tracker, Tracking
 
 PROGRAM = "dsl-server"
 DESCRIPTION = """Holds the top of a network that is cut in two, and the description of the run.
@@ -40,6 +45,20 @@ class Options:
     resume: Path | None = None
     """Go on with the run in this folder (the --out of a run with --checkpoint-every), from its newest
     checkpoint. The run's settings are those that it has."""
+    dashboard: int | None = None
+    """Show the run as a page at this port, 0 for any: curves, traffic, clients. Needs the extra [ui]."""
+    dashboard_host: str = "127.0.0.1"
+    """The address of this machine that the page is at; any but loopback shows it, unencrypted, to others."""
+    metrics_port: int | None = None
+    """Tell Prometheus of the run at this port, 0 for any."""
+    metrics_host: str = "127.0.0.1"
+    """The address of this machine that --metrics-port is at; any but loopback tells others, unencrypted."""
+    linger: float = 0.0
+    """Seconds for which --dashboard and --metrics-port stay after the run, for a last look."""
+    tensorboard: Path | None = None
+    """A folder for TensorBoard's event files of this run. Needs the extra [tensorboard]."""
+    mlflow: str | None = None
+    """Where to tell MLflow of the run: a server, or a store such as sqlite:///mlflow.db. Needs mlflow."""
     print_config: bool = False
     """Print the run's settings as TOML, and end."""
 
@@ -66,8 +85,13 @@ def _main(arguments: list[str]) -> int:
 def _serve(options: Options) -> int:
     tls.check_exposure("--listen", options.listen, options.certs, options.insecure)
     credentials = tls.Credentials.read(options.certs, "server") if options.certs else None
+    page = None if options.dashboard is None else Dashboard(options.dashboard, options.dashboard_host)
+    port, host = options.metrics_port, options.metrics_host
+    exporter = None if port is None else Exporter(port, host)
+    trackers = list(_trackers(options))
     from common.methods import settled  # these import torch
     from common.rundir import Held, RunFolder, run_of
+    from dsl_server import metrics, terminal
     from dsl_server.server import Server
 
     run = run_of(options.resume) if options.resume else settled(options.run)
@@ -85,14 +109,26 @@ def _serve(options: Options) -> int:
     resume = options.resume is not None
     server = Server(run, options.listen, device, folder, lost, credentials, trouble, resume)
     stopping = ClosedError("the run is over")
-    with progress:
+    with progress, ExitStack() as shown:
         progress.log(_greeting(options, run, server.port, str(device)))
         server.start()
+        if page:
+            page.start(server.watch.view)
+            progress.log(page.greeting)
+            shown.callback(page.stop)
+        if exporter:
+            exporter.start(lambda: metrics.metrics_of(server.watch.view(), PROGRAM))
+            progress.log(exporter.greeting)
+            shown.callback(exporter.stop)
+        for tracker in trackers:
+            shown.callback(Tracking(tracker, folder.path.name, run, server.watch.view, trouble).stop)
         try:
             while not server.wait(timeout=0.2):
-                progress.show(_line(server))
+                view = server.watch.view()
+                progress.show(terminal.line_of(view), terminal.picture_of(view, PROGRAM))
             summary = server.finish()
         except cli.Stopped as stopped:
+            progress.end()
             stopping = ClosedError(f"the server was stopped ({stopped})")
             if not run.lasts or stopped.number != signal.SIGTERM:
                 raise
@@ -101,12 +137,25 @@ def _serve(options: Options) -> int:
             progress.log(f"drained: go on with --resume {folder.path}")
             return 0
         finally:
+            if page:
+                page.look()
             server.stop(stopping)
             held.release()
         progress.log(
             _result(summary, folder.path, [account for account in server.rounds.members() if account.lost])
         )
+        if options.linger > 0 and (page or exporter):
+            progress.log(f"shown for {options.linger:g} s more; Ctrl-C ends it")
+            with suppress(cli.Stopped):
+                time.sleep(min(options.linger, threading.TIMEOUT_MAX))
     return 0
+
+
+def _trackers(options: Options) -> Iterator[Tracker]:
+    if options.tensorboard:
+        yield TensorBoard(options.tensorboard, goes_on=options.resume is not None)
+    if options.mlflow:
+        yield MLflow(options.mlflow)
 
 
 def _greeting(options: Options, run: Run, port: int, device: str) -> str:
@@ -117,24 +166,6 @@ def _greeting(options: Options, run: Run, port: int, device: str) -> str:
         f"{run.method} on {run.model} cut at {run.place}, {device}, listening on {options.listen}; "
         f"waiting for {run.clients} client{'s' if run.clients > 1 else ''}: "
         f"dsl-client --server {host}:{port}{also}"
-    )
-
-
-def _line(server: Any) -> str:
-    record, run = server.record, server.run
-    here = sum(account.present or account.left for account in server.rounds.members())
-    accuracy = record.test["accuracy"]
-    return "  ".join(
-        [
-            f"clients {here}/{run.clients}",
-            f"epoch {record.epoch + 1}/{run.epochs}",
-            f"{record.samples_trained:,} samples",
-            f"{record.samples_trained / max(record.seconds, 1e-9):,.0f}/s",
-            "loss –" if math.isnan(record.loss) else f"loss {record.loss:.3f}",
-            f"accuracy {accuracy:.3f}" if accuracy is not None else "accuracy –",
-            f"up {megabytes(server.traffic.total('up'))}",
-            f"down {megabytes(server.traffic.total('down'))}",
-        ]
     )
 
 

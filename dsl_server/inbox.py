@@ -24,7 +24,7 @@ A checkpoint is made between ticks, when it is asked for. Where clients can go b
 """
 
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
@@ -218,6 +218,14 @@ class Inbox:
             self._astray.add(client)
             if self._fixed_order:
                 self._owed = client
+
+    def waiting(self) -> list[int]:
+        """How many batches of each client lie here."""
+        with self._changed:
+            items = [item for lane in self._lanes for item in lane]
+            items += [item for work in self._tick for item in answered(work)]
+        counted = Counter(item.client for item in items if isinstance(item, Job))
+        return [counted[client] for client in range(len(self._lanes))]
 
     def leave(self, client: int) -> None:
         """The client has nothing more to send; what it sent is still served."""

@@ -99,14 +99,17 @@ class Intake:
     def _unpacked(self, first: Piece[Any], rest: Pieces) -> tuple[Arrived, int]:
         """A batch and its digest, 0 where the run has none."""
         # The time that the pieces take to come is the network's, not the decoder's.
-        waiting, due = Clock(), first.head.batch.digest if self._run.lasts else None
-        with self._clock("decode"):
-            pieces = waiting.iterator("network", rest)
-            digest = Digest(first, pieces) if self._run.lasts else None
-            batch = codec.unpack_batch(first, digest or pieces, self._spec)
-            if digest is not None and digest.value != due:
-                raise DigestError(f"batch {batch.sequence} came with other bytes than it was sent with")
-        self._clock.add("decode", -waiting.seconds("network")["network"])
+        own, due = Clock(), first.head.batch.digest if self._run.lasts else None
+        try:
+            with own("decode"):
+                pieces = own.iterator("network", rest)
+                digest = Digest(first, pieces) if self._run.lasts else None
+                batch = codec.unpack_batch(first, digest or pieces, self._spec)
+                if digest is not None and digest.value != due:
+                    raise DigestError(f"batch {batch.sequence} came with other bytes than it was sent with")
+        finally:
+            spent = own.seconds("decode", "network")
+            self._clock.add("decode", spent["decode"] - spent["network"])
         return batch, digest.value if digest else 0
 
     def _job(

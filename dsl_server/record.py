@@ -16,6 +16,7 @@ from common.run import Run
 from common.rundir import RunFolder
 from common.wire import split_learning_pb2 as pb
 from dsl_server.kernel import Sockets
+from dsl_server.tally import Tally
 
 _CLIENT_PHASES = ("forward", "backward", "encode", "wait")
 _INSTANTS = ("peak", "held")
@@ -42,17 +43,20 @@ class Record:
         sockets: Sockets,
         clock: Clock,
         device: torch.device,
+        tally: Tally,
         gauge: Gauge | None = None,
         alone: bool = True,
     ) -> None:
+        self.tally = tally
         self._run, self._cut_shape, self._folder, self._device = run, cut_shape, folder, device
         self._traffic, self._sockets, self._clock, self._gauge = traffic, sockets, clock, gauge
         self._alone = alone
         self._start: float | None = None
+        self._end: float | None = None
         self._lock = threading.Lock()
         self._epochs: dict[int, dict[int, Evaluation]] = {}  # by epoch and client, until all have come
         self._written: set[int] = set()  # epochs that have their line
-        self._lines = 0
+        self.lines: tuple[Mapping[str, Any], ...] = ()  # of metrics.jsonl
         self._lost: set[int] = set()
         self._measurements: list[pb.Measurements] = []
         self._loss_sum, self._loss_samples = 0.0, 0
@@ -64,15 +68,17 @@ class Record:
 
     @property
     def seconds(self) -> float:
-        """Since the first client joined."""
-        return time.perf_counter() - self._start if self._start else 0.0
+        """From when the first client joined, until the summary."""
+        return (self._end or time.perf_counter()) - self._start if self._start else 0.0
 
     def joined(self) -> None:
         """A client is in; with the first one time begins."""
         with self._lock:
             self._start = self._start or time.perf_counter()
 
-    def began(self, epoch: int) -> None:
+    def began(self, client: int, epoch: int, batches: int, of: int) -> None:
+        """The client has come to this epoch, of whose batches it has sent so many before."""
+        self.tally.began(client, epoch, batches, of)
         with self._lock:
             self.epoch = max(self.epoch, epoch)
 
@@ -102,6 +108,7 @@ class Record:
 
     def evaluated(self, client: int, epoch: int, evaluation: Evaluation) -> None:
         """Adds a client's evaluation; the last client's of an epoch makes its line in metrics.jsonl."""
+        self.tally.told(client, evaluation.client_loss)
         with self._lock:
             if epoch not in self._written:  # else it is told again, and nothing comes of it
                 self._epochs.setdefault(epoch, {})[client] = evaluation
@@ -129,7 +136,7 @@ class Record:
                     for epoch, evaluations in self._epochs.items()
                     for client, evaluation in evaluations.items()
                 ],
-                "lines": self._lines,
+                "lines": len(self.lines),
                 "written": sorted(self._written),
                 "measurements": [
                     MessageToDict(m, preserving_proto_field_name=True) for m in self._measurements
@@ -140,6 +147,7 @@ class Record:
                 "epoch": self.epoch,
                 "test": self.test,
                 "wire": self._traffic.by_kind(),
+                "clients": self.tally.state(),
             }
 
     def restore(self, state: Mapping[str, Any], lost: Collection[int]) -> None:
@@ -147,18 +155,19 @@ class Record:
         self._start = time.perf_counter() - state["seconds"] if state["seconds"] else None
         for epoch, client, evaluation in state["epochs"]:
             self._epochs.setdefault(epoch, {})[client] = Evaluation(**evaluation)
-        self._lines, self._written, self._lost = state["lines"], set(state["written"]), set(lost)
-        self._folder.cut_metrics(self._lines)
+        self._written, self._lost = set(state["written"]), set(lost)
+        self.lines = tuple(self._folder.cut_metrics(state["lines"]))
         self._measurements = [ParseDict(known, pb.Measurements()) for known in state["measurements"]]
         self._loss_sum, self._loss_samples, self.loss = state["loss"]
         self._facts = list(state["facts"])
         self.samples_trained, self.samples_replayed, self.steps_skipped = state["counts"]
         self.epoch, self.test = state["epoch"], state["test"]
         self._traffic.add(state["wire"])
+        self.tally.restore(state["clients"])
 
     def write_summary(self) -> dict[str, Any]:
         """Writes and returns summary.json: docs/architecture.md has its meaning line by line."""
-        run = self._run
+        run, self._end = self._run, time.perf_counter()
         summary = {
             "method": run.method,
             "model": run.model,
@@ -172,7 +181,7 @@ class Record:
             **({"steps_skipped": self.steps_skipped} if self.steps_skipped else {}),
             "test": self.test,
             "wire": {**self._traffic.by_kind(), "socket": self._sockets.counts()},
-            "seconds": {"wall": self.seconds, "client": self._client_seconds(), "server": self._seconds()},
+            "seconds": {"wall": self.seconds, "client": self._client_seconds(), "server": self.phases()},
             "peak_bytes": {
                 "client": max((m.peak_bytes for m in self._measurements), default=0),
                 "server": peak_bytes(self._device) if self._alone else 0,
@@ -192,7 +201,8 @@ class Record:
         theirs = {name: max((m.memory[name] for m in self._measurements), default=0) for name in _INSTANTS}
         return {"client": theirs["peak"], "server": gauge.peak, "held": theirs["held"]}
 
-    def _seconds(self) -> dict[str, float]:
+    def phases(self) -> dict[str, float]:
+        """The server's seconds: forward, backward, decode, idle."""
         seconds = self._clock.seconds("forward", "step", "decode", "idle")
         backward = seconds.pop("step") - seconds["forward"]
         return {"forward": seconds["forward"], "backward": backward, **seconds}
@@ -213,21 +223,20 @@ class Record:
     def _write_line(self, epoch: int, evaluations: list[Evaluation]) -> None:
         self.test = _joined(evaluations)
         losses = [e.client_loss for e in evaluations if e.client_loss is not None]
-        self._folder.add_metrics(
-            {
-                "epoch": epoch + 1,
-                "seconds": round(self.seconds, 3),
-                "samples_trained": self.samples_trained,
-                "train": {
-                    "loss": self._loss_sum / self._loss_samples if self._loss_samples else None,
-                    "client_loss": sum(losses) / len(losses) if losses else None,
-                    **_means(self._facts),
-                },
-                "test": self.test,
-                "wire": {"up": self._traffic.total("up"), "down": self._traffic.total("down")},
-            }
-        )
-        self._lines += 1
+        line = {
+            "epoch": epoch + 1,
+            "seconds": round(self.seconds, 3),
+            "samples_trained": self.samples_trained,
+            "train": {
+                "loss": self._loss_sum / self._loss_samples if self._loss_samples else None,
+                "client_loss": sum(losses) / len(losses) if losses else None,
+                **_means(self._facts),
+            },
+            "test": self.test,
+            "wire": {"up": self._traffic.total("up"), "down": self._traffic.total("down")},
+        }
+        self._folder.add_metrics(line)
+        self.lines = (*self.lines, line)
         self._loss_sum, self._loss_samples = 0.0, 0
         self._facts.clear()
 

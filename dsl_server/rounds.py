@@ -5,7 +5,8 @@ ledger's; here threads wait for it.
 """
 
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,7 @@ class Rounds:
         self._average: State = {}
         self._averages_made = 0
         self._turn = 0  # counts turns over the whole run
+        self._meeting = set[int]()  # clients that wait here for others
         self._relayed: State = {}
         self._closed: ClosedError | None = None
         self._draining: ClosedError | None = None
@@ -97,6 +99,22 @@ class Rounds:
     def members(self) -> list[Account]:
         with self._changed:
             return list(self.ledger.accounts)
+
+    def client_of(self, session: str) -> int | None:
+        """Whose session this is, if it is the last one of a member."""
+        with self._changed:
+            accounts = self.ledger.accounts if session else []
+            return next((a.client for a in accounts if a.session == session), None)
+
+    def meeting(self) -> set[int]:
+        """The clients that wait for others: for an average, for their turn."""
+        with self._changed:
+            return set(self._meeting)
+
+    def ended(self) -> tuple[bool, ClosedError | None]:
+        """Whether all have trained to the end; and why the run has ended before that, if it has."""
+        with self._changed:
+            return self._closed is None and self._finished(), self._closed
 
     def leave(self, member: Member) -> None:
         """The member has done all that it was to do."""
@@ -277,7 +295,8 @@ class Rounds:
                 return self._average, False  # it had been made when its client went away
             self._parts[member.client] = (part, samples)
             self._changed.notify_all()
-            self._wait_for(lambda: self._averages_made > number or self._all_given(), member)
+            with self._waits_for_others(member):
+                self._wait_for(lambda: self._averages_made > number or self._all_given(), member)
             if self._averages_made == number:  # the first to wake makes it for all
                 ordered = [self._parts[client] for client in sorted(self._parts)]
                 self._average = average([p for p, _ in ordered], [n for _, n in ordered])
@@ -294,7 +313,8 @@ class Rounds:
             self._check_open(member)
             if epoch >= self._run.epochs or self._turn <= turn - self._run.clients:
                 raise WireError(f"{member}: its turn of epoch {epoch} cannot come before the one that is due")
-        self._wait_for(lambda: self._turn >= turn, member)
+        with self._waits_for_others(member):
+            self._wait_for(lambda: self._turn >= turn, member)
         if self._turn != turn:
             raise WireError(f"{member}: its turn of epoch {epoch} is over")
         return self._relayed
@@ -354,6 +374,16 @@ class Rounds:
             elif not self._changed.wait_for(moved, PATIENCE_S):
                 return
         self._check_open(member)
+
+    @contextmanager
+    def _waits_for_others(self, member: Member) -> Iterator[None]:
+        with self._changed:
+            self._meeting.add(member.client)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._meeting.discard(member.client)
 
     def _all_given(self) -> bool:
         """Whether every client that remains, or is still to join, has given its part of this average."""

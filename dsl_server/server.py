@@ -52,7 +52,9 @@ from dsl_server.rounds import Rounds
 from dsl_server.saver import Saver, Unsaved
 from dsl_server.service import Service, add_to
 from dsl_server.shelf import DiskShelf
+from dsl_server.tally import Tally
 from dsl_server.trainer import Trainer
+from dsl_server.watch import Watch
 
 _CALLS_OF_A_CLIENT = 4  # Join, a segment, the one before it that awaits its receipt, and one more
 LINGER_S = 10.0  # for clients that may not have heard that they have left, to ask again
@@ -119,8 +121,18 @@ class Server:
         self.rounds = Rounds(run, self._close, self._lose, ledger)
         self.sockets = Sockets()
         self.record = Record(
-            run, net.cut_shape, folder, self.traffic, self.sockets, self._clock, device, gauge, alone
+            run,
+            net.cut_shape,
+            folder,
+            self.traffic,
+            self.sockets,
+            self._clock,
+            device,
+            Tally(run.clients, self.rounds.client_of),
+            gauge,
+            alone,
         )
+        self.watch = Watch(run, self.method, self.inbox, self.rounds, self.record, self.traffic, self.sockets)
         self._saver = self._made_saver() if run.lasts else Unsaved()
         self._trainer = Trainer(
             self.hosting,
@@ -157,7 +169,7 @@ class Server:
         if saved:
             self._restore(saved, part_specs)
         self._grpc, self._pool, self._health, self.port = _listen(
-            listen, run.clients, self._service, self.traffic, credentials
+            listen, run.clients, self._service, self.traffic, self.record.tally, credentials
         )
         self.sockets.watch(self.port)
 
@@ -245,8 +257,9 @@ class Server:
             self._troubled,
         )
 
-    def _learned(self, job: Job) -> None:
+    def _learned(self, job: Job, loss: float | None) -> None:
         self.rounds.apply(job.client, job.mark)
+        self.record.tally.trained(job.client, len(job.batch.z), loss)
         self._saver.stir()
 
     def _captured(self) -> tuple[State, dict[str, Any]]:
@@ -292,6 +305,7 @@ class Server:
         applied = ", ".join(
             f"client {a['client']} up to batch {a['applied']['sequence']}" for a in ledgers[-1]
         )
+        self.watch.saved()
         self._audit("checkpoint", "", "", applied)
 
     def _troubled(self, trouble: str | None) -> None:
@@ -325,7 +339,12 @@ class Server:
 
 
 def _listen(
-    listen: str, clients: int, service: Service, traffic: Traffic, credentials: Credentials | None
+    listen: str,
+    clients: int,
+    service: Service,
+    traffic: Traffic,
+    tally: Tally,
+    credentials: Credentials | None,
 ) -> tuple[grpc.Server, ThreadPoolExecutor, health.HealthServicer, int]:
     members = _CALLS_OF_A_CLIENT * clients
     of_a_connection = members + _SPARE_CALLS  # which may be that of all clients
@@ -337,7 +356,7 @@ def _listen(
         options=server_options(PIECE_BYTES * 2 + SLACK_BYTES, of_a_connection),
         maximum_concurrent_rpcs=calls,  # refuse at once what would otherwise wait for a thread
     )
-    add_to(server, service, traffic)
+    add_to(server, service, traffic, tally)
     healthy = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

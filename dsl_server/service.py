@@ -45,6 +45,7 @@ from dsl_server.ledger import Newcomer
 from dsl_server.record import Evaluation, Record
 from dsl_server.rounds import Member, Rounds
 from dsl_server.saver import Saver, Unsaved
+from dsl_server.tally import Tally
 
 Context = grpc.ServicerContext
 _TRAINED = ClosedError("this batch was trained on")
@@ -221,7 +222,9 @@ class Service:
         if head.purpose == pb.SYNC_PURPOSE_AVERAGE and self._run.sync == "average" and part:
             answer, news = self._rounds.average(member, head.epoch, part, head.samples)
             if self._method.tail is Tail.ALL and news:  # the server sees no batch of these
+                self._record.began(member.client, head.epoch, 0, 1)  # and ended
                 self._record.trained(head.samples, None, {})
+                self._record.tally.trained(member.client, head.samples, None)
         elif head.purpose == pb.SYNC_PURPOSE_TAKE_TURN and self._run.sync == "relay":
             answer = self._rounds.take_turn(member, head.epoch)
         elif head.purpose == pb.SYNC_PURPOSE_END_TURN and self._run.sync == "relay" and part:
@@ -366,7 +369,8 @@ class Service:
         self._rounds.begin_segment(member, segment.first_sequence)
         self._contexts[member.session] = context
         try:
-            self._record.began(segment.epoch)
+            place = segment.place
+            self._record.began(member.client, segment.epoch, place, place + segment.batches)
             yield from self._intake.jobs(member, segment, requests)
         finally:
             self._contexts.pop(member.session, None)
@@ -379,15 +383,16 @@ class Service:
         return errand.answer
 
 
-def add_to(server: grpc.Server, service: Service, traffic: Traffic) -> None:
-    """Registers the service's methods, metered."""
+def add_to(server: grpc.Server, service: Service, traffic: Traffic, tally: Tally) -> None:
+    """Registers the service's methods, metered: over all, and for each client."""
     handlers = {}
     for rpc in RPCS:
         kind = ("stream" if rpc.requests_stream else "unary") + (
             "_stream" if rpc.responses_stream else "_unary"
         )
         make = getattr(grpc, f"{kind}_rpc_method_handler")
-        behaviour = _answered(getattr(service, rpc.name), rpc.requests_stream, rpc.responses_stream)
+        method = tally.around(rpc, getattr(service, rpc.name))
+        behaviour = _answered(method, rpc.requests_stream, rpc.responses_stream)
         handlers[rpc.name] = make(
             behaviour,
             request_deserializer=traffic.reading(rpc, "up", reader(rpc.request, rpc.requests_in_pieces)),

@@ -22,8 +22,8 @@ class Trainer:
     """Steps on groups and does errands, one after the other, as the inbox gives them.
 
     in_rounds: what is held is learned from again at their ends, not in between. on_applied: told of each
-    batch that has been learned from. save: makes a checkpoint of what is so now. on_gone: told of each client
-    that went away while its batch was being learned from.
+    batch that has been learned from, and of the loss if the server knows it. save: makes a checkpoint of what
+    is so now. on_gone: told of each client that went away while its batch was being learned from.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Trainer:
         device: torch.device,
         clock: Clock,
         in_rounds: bool = False,
-        on_applied: Callable[[Job], None] = lambda _: None,
+        on_applied: Callable[[Job, float | None], None] = lambda *_: None,
         save: Callable[[], None] = lambda: None,
         on_gone: Callable[[int], None] = lambda _: None,
     ) -> None:
@@ -74,11 +74,11 @@ class Trainer:
         else:
             with self._clock("step"):
                 answer = self._hosting.step([self._received(job) for job in work])
-            _count(sum(len(job.batch.z) for job in work), answer, on_trained)
+            loss = _count(sum(len(job.batch.z) for job in work), answer, on_trained)
             gradients = answer.gradients or [None] * len(work)
             for job, gradient in zip(work, gradients, strict=True):
-                self._on_applied(job)
-                job.answer.set_result(Trained(gradient, _loss(answer)))
+                self._on_applied(job, loss)
+                job.answer.set_result(Trained(gradient, loss))
 
     def _replay(self, on_trained: OnTrained) -> None:
         with self._clock("step"):
@@ -108,12 +108,11 @@ class Trainer:
         return tensor.to(self._device, non_blocking=True)
 
 
-def _count(samples: int, answer: Answer, on_trained: OnTrained) -> None:
-    on_trained(samples, _loss(answer), answer.facts, answer.replayed, answer.skipped)
-
-
-def _loss(answer: Answer) -> float | None:
-    return None if answer.loss is None else answer.loss.item()
+def _count(samples: int, answer: Answer, on_trained: OnTrained) -> float | None:
+    """Tells what a step came to; its mean loss, if the server knows one."""
+    loss = None if answer.loss is None else answer.loss.item()
+    on_trained(samples, loss, answer.facts, answer.replayed, answer.skipped)
+    return loss
 
 
 def _tell(work: Work, error: SplitLearningError) -> None:

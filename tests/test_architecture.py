@@ -101,9 +101,41 @@ def test_describing_a_run_and_reading_its_results_do_not_wait_for_torch() -> Non
     assert done.stdout.strip() == "[]"
 
 
+def test_watchers_are_known_only_where_they_are_told() -> None:
+    knowing = {
+        str(module)
+        for module in modules(*PACKAGES)
+        if imports(module, "prometheus_client", "tensorboard", "torch.utils.tensorboard", "mlflow")
+    }
+    assert knowing == {
+        "common/exporter.py",
+        "dsl_server/metrics.py",
+        "dsl_client/metrics.py",
+        "dsl_server/trackers.py",
+    }
+
+
+@pytest.mark.parametrize("end", ["dsl_server", "dsl_client"])
+def test_who_shows_a_run_knows_views_and_nothing_else_of_it(end: str) -> None:
+    for name in ("terminal", "metrics"):
+        known = [of for of in imports(Path(end, f"{name}.py"), end) if not of.startswith(f"{end}.watch.")]
+        assert known == []
+
+
+def test_http_is_known_only_where_the_page_is() -> None:
+    knowing = {str(module) for module in modules(*PACKAGES) if imports(module, "starlette", "uvicorn")}
+    assert knowing == {"dsl_server/dashboard/app.py", "dsl_server/dashboard/serve.py"}
+
+
+@pytest.mark.parametrize("module", modules("dsl_server/dashboard"), ids=str)
+def test_the_page_knows_views_and_no_network(module: Path) -> None:
+    assert imports(module, "torch", "grpc", "common.wire", "common.methods", "common.nets") == []
+
+
 @pytest.mark.parametrize("program", ["dsl_server", "dsl_client", "dsl_lab"])
 def test_help_does_not_wait_for_torch(program: str) -> None:
-    heavy = "{'torch', 'grpc', 'torchvision', 'matplotlib.pyplot'}"
+    heavy = {"torch", "grpc", "torchvision", "matplotlib.pyplot", "starlette", "uvicorn"}
+    heavy |= {"tensorboard", "mlflow"}
     code = f"import sys, {program}.__main__; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

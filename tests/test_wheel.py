@@ -20,5 +20,7 @@ def test_the_wheel_ships_the_packages_and_nothing_else(tmp_path: Path) -> None:
     assert {"dsl_client/sample/fashion-mnist.npz.xz", "dsl_client/sample/NOTICE"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     kinds = {Path(name).suffix for name in names if name.split("/")[0] in packages}
-    assert kinds <= {".py", ".pyi", ".typed", ".css", ".xz", ""}
+    assert kinds <= {".py", ".pyi", ".typed", ".css", ".html", ".js", ".svg", ".xz", ""}
+    page = {path.relative_to(ROOT).as_posix() for path in (ROOT / "dsl_server/dashboard/static").rglob("*.*")}
+    assert {"dsl_server/dashboard/static/page.html"} < page <= set(names)
     assert wheel.stat().st_size < 6e6

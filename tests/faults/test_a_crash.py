@@ -176,8 +176,8 @@ def before_apply(server: Server, point: Failpoint, patch: pytest.MonkeyPatch) ->
 def after_apply_before_the_answer(server: Server, point: Failpoint, patch: pytest.MonkeyPatch) -> None:
     whole = server._trainer._on_applied
 
-    def on_applied(job: Job) -> None:
-        whole(job)
+    def on_applied(job: Job, loss: float | None) -> None:
+        whole(job, loss)
         point()
 
     patch.setattr(server._trainer, "_on_applied", on_applied)

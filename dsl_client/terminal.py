@@ -1,0 +1,81 @@
+"""A view of the client on a terminal: its totals, and a row. Elsewhere it is a line."""
+
+from collections.abc import Iterable
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from common.picture import Picture, compact, duration, heading, number, table, totals
+from common.progress import megabytes
+from dsl_client.watch import State, View
+
+_COLUMNS = {
+    "state": 9,
+    "epoch": 5,
+    "batch": 7,
+    "samples/s": 9,
+    "outbox": 6,
+    "up MB": 8,
+    "down MB": 8,
+    "loss": 6,
+    "waits": 5,
+}
+_STYLES: dict[State, str] = {
+    "beginning": "dim",
+    "training": "green",
+    "waiting": "yellow",
+    "between": "cyan",
+}
+
+
+def line_of(view: View) -> str:
+    return "  ".join(
+        [
+            f"epoch {view.epoch + 1}/{view.epochs}",
+            f"batch {view.batch}/{view.batches}",
+            f"{view.samples / max(view.seconds, 1e-9):,.0f} samples/s",
+            f"loss {number(view.loss)}",
+            accuracy_of(view.accuracy, view.alone),
+            bytes_of(view),
+        ]
+    )
+
+
+def picture_of(view: View, program: str) -> Picture:
+    def draw(width: int, height: int) -> Iterable[RenderableType]:
+        about = f"{view.client} of {view.clients}  {view.method} on {view.model} cut at {view.place}"
+        yield heading(program, about, view.done, _stage(view), width)
+        yield totals([f"{view.samples:,} samples", accuracy_of(view.accuracy, view.alone)], width)
+        yield table(_COLUMNS, [_row(view)], width, left=1)
+
+    return Picture(draw)
+
+
+def accuracy_of(accuracy: float | None, alone: float | None) -> str:
+    text = f"accuracy {number(accuracy)}"
+    return text if alone is None else f"{text} (alone {alone:.3f})"
+
+
+def bytes_of(view: View) -> str:
+    up, down = (sum(view.wire[direction].values()) for direction in ("up", "down"))
+    return f"up {megabytes(up)}  down {megabytes(down)}"
+
+
+def _stage(view: View) -> str:
+    stage = f"epoch {view.epoch + 1}/{view.epochs}  {100 * view.done:.0f}%"
+    return stage if view.left_s is None else f"{stage}  {duration(view.left_s)} left"
+
+
+def _row(view: View) -> list[str | Text]:
+    up, down = (sum(view.wire[direction].values()) for direction in ("up", "down"))
+    return [
+        Text(view.state, style=_STYLES[view.state]),
+        f"{view.epoch + 1}/{view.epochs}",
+        f"{view.batch}/{view.batches}",
+        f"{view.rate:,.0f}",
+        f"{view.queue}/{view.outbox}",
+        compact(up),
+        compact(down),
+        number(view.loss),
+        f"{100 * view.waits:.0f}%",
+    ]
