@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from common import cli, tls
 from common.errors import SplitLearningError
 from common.progress import Progress, megabytes
+from dsl_client import predict
 
 if TYPE_CHECKING:
     from common.run import Run
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
 
 PROGRAM = "dsl-client"
 DESCRIPTION = """Holds private data and the bottom of a network that is cut in two.
-Joins the run of a dsl-server, which says what is trained and how."""
+Joins the run of a dsl-server, which says what is trained and how.
+
+dsl-client predict: what a network so trained says of images; dsl-client predict --help tells more."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ def main() -> None:
 
 
 def _main(arguments: list[str]) -> int:
+    if arguments[:1] == ["predict"]:
+        return predict.main(arguments[1:])
     options = cli.parse(Options, arguments, Options(), PROGRAM, DESCRIPTION)
     tls.check_exposure("--server", options.server, options.certs, options.insecure)
     credentials = tls.Credentials.read(options.certs, "client") if options.certs else None

@@ -88,7 +88,14 @@ class Client:
         trainer.train(train, test, on_step, scored)
         measured = measurements(self._clock, self._device, gauge)
         self._connection.leave(measured)
-        checkpoint.save(folder.path / "checkpoint", self.part, {"run": asdict(run), "client": self.index})
+        facts = {
+            "run": asdict(run),
+            "run_id": self._memory.run_id,
+            "client": self.index,
+            "data": self._source or run.data,
+            "classes": self._classes,
+        }
+        checkpoint.save(folder.path / "checkpoint", self.part, facts)
         folder.write_summary(
             {
                 "client": self.index,
@@ -130,6 +137,7 @@ class Client:
     def _batches(self) -> tuple[Batches, Batches]:
         run, size = self.run, self.run.batch_size
         train, test = data.load(self._source or run.data, run.image_shape, run.class_count)
+        self._classes = train.names
         train = limited(train, run.train_limit, run.seed)
         test = limited(test, run.test_limit, run.seed)
         mine = None

@@ -13,6 +13,8 @@ from common.errors import ConfigError
 from dsl_lab import certs
 from dsl_lab.cuts import Cuts, cuts
 from dsl_lab.demo import Demo, demo
+from dsl_lab.evaluate import Evaluate, evaluate
+from dsl_lab.export import Export, export
 from dsl_lab.paper import Paper, paper
 
 PROGRAM = "dsl"
@@ -51,6 +53,8 @@ Command = (
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Methods, tyro.conf.subcommand("methods")]
     | Annotated[Cuts, tyro.conf.subcommand("cuts")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[certs.Certs, tyro.conf.subcommand("certs")]
 )
 
@@ -73,6 +77,12 @@ def _main(arguments: list[str]) -> int:
         return 0
     if isinstance(command, Cuts):
         cuts(command, console)
+        return 0
+    if isinstance(command, Export):
+        export(command, console)
+        return 0
+    if isinstance(command, Evaluate):
+        evaluate(command, console)
         return 0
     if isinstance(command, certs.Certs):
         certs.run(command.command)

@@ -35,7 +35,7 @@ from common.wire import codec
 from common.wire import split_learning_pb2 as pb
 from common.wire.codec import BatchSpec
 from common.wire.pieces import Piece
-from common.wire.rpc import EXPECTED, RPCS, SERVICE, VERSION, judged, reader, writer
+from common.wire.rpc import EXPECTED, RPCS, VERSION, Rpc, judged, reader, writer
 from dsl_server.audit import Audit, Event
 from dsl_server.inbox import Errand, Inbox, Job
 from dsl_server.intake import Intake, Pieces
@@ -236,7 +236,7 @@ class Service:
         yield from codec.pack_weights(pb.SyncWeightsResponse, back, answer)
 
     def Evaluate(self, requests: Pieces, context: Context) -> Iterator[Piece[pb.EvaluateResponse]]:
-        opening = _opening(requests, "evaluation")
+        opening = opening_of(requests, "evaluation")
         member = self._member(opening.session, context)
         if opening.epoch >= self._run.epochs:
             raise WireError(
@@ -345,7 +345,7 @@ class Service:
 
     def _segment(self, requests: Pieces, context: Context) -> Iterator[tuple[Job, bool]]:
         """As the intake's `jobs`: those that one call brings."""
-        segment = _opening(requests, "segment")
+        segment = opening_of(requests, "segment")
         member = self._member(segment.session, context)
         self._intake.check(member, segment)
         self._rounds.begin_segment(member, segment.first_sequence)
@@ -364,10 +364,10 @@ class Service:
         return errand.answer
 
 
-def add_to(server: grpc.Server, service: Service, traffic: Traffic) -> None:
-    """Registers the service's methods, metered."""
+def add_to(server: grpc.Server, service: object, traffic: Traffic, rpcs: Sequence[Rpc] = RPCS) -> None:
+    """Registers the service's methods, those of these RPCs, metered."""
     handlers = {}
-    for rpc in RPCS:
+    for rpc in rpcs:
         kind = ("stream" if rpc.requests_stream else "unary") + (
             "_stream" if rpc.responses_stream else "_unary"
         )
@@ -378,7 +378,7 @@ def add_to(server: grpc.Server, service: Service, traffic: Traffic) -> None:
             request_deserializer=traffic.reading(rpc, "up", reader(rpc.request, rpc.requests_in_pieces)),
             response_serializer=traffic.writing(rpc, "down", writer(rpc.response, rpc.responses_in_pieces)),
         )
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(rpcs[0].service, handlers),))
 
 
 def _answered(
@@ -418,7 +418,7 @@ def _first(requests: Pieces) -> Piece[Any]:
     return piece
 
 
-def _opening(requests: Pieces, field: str) -> Any:
+def opening_of(requests: Pieces, field: str) -> Any:
     piece = _first(requests)
     if piece.head.WhichOneof("head") != field or piece.size:
         raise WireError(f"the stream must open with its {field}, alone")
