@@ -36,15 +36,26 @@ def save(folder: Path, part: Part, facts: dict[str, Any]) -> None:
 
 def restore(folder: Path, part: Part) -> dict[str, Any]:
     """Puts the weights back, in place; the facts. Raises ConfigError when they are not this part's."""
+    known = facts_of(folder)
     try:
         tensors = load_file(folder / _TENSORS)
-        facts: dict[str, Any] = json.loads((folder / _FACTS).read_text())
-    except (OSError, SafetensorError, ValueError, RecursionError) as error:  # of files, tensors, JSON
+    except (OSError, SafetensorError) as error:
         raise ConfigError(f"checkpoint {folder} cannot be read: {error}") from error
     if specs(tensors) != specs(state_of(part)):
         raise ConfigError(f"checkpoint {folder} is of another network, split or head than this run's")
     load_state(part, tensors)
-    return facts
+    return known
+
+
+def facts_of(folder: Path) -> dict[str, Any]:
+    """What was saved beside the weights. Raises ConfigError."""
+    try:
+        known: dict[str, Any] = json.loads((folder / _FACTS).read_text())
+    except (OSError, ValueError, RecursionError) as error:  # of files, of JSON
+        raise ConfigError(f"checkpoint {folder} cannot be read: {error}") from error
+    if not isinstance(known, dict):
+        raise ConfigError(f"checkpoint {folder} cannot be read: {_FACTS} is no table")
+    return known
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import nn
 
 from common.wire.codec import declared_bytes
 from common.wire.pieces import PIECE_BYTES, Piece
-from common.wire.rpc import EVALUATE, SYNC_WEIGHTS, TRAIN, Rpc
+from common.wire.rpc import EVALUATE, PREDICT, SYNC_WEIGHTS, TRAIN, Rpc
 
 Direction = Literal["up", "down"]
 
@@ -95,6 +95,8 @@ def _tensors(rpc: Rpc, direction: Direction, piece: Piece[Any]) -> dict[str, int
         return {"evaluation": piece.size}
     if rpc is SYNC_WEIGHTS:
         return {"weights": piece.size}
+    if rpc is PREDICT:
+        return {"activations": piece.size}
     head = piece.head.WhichOneof("head")
     if direction == "down":
         is_output = rpc is TRAIN and (head == "output" or piece.head.of_output)

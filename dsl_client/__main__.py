@@ -14,6 +14,7 @@ from common import cli, tls
 from common.errors import SplitLearningError
 from common.exporter import Exporter
 from common.progress import Progress
+from dsl_client import predict
 
 if TYPE_CHECKING:
     from common.run import Run
@@ -25,6 +26,8 @@ PROGRAM = "dsl-client"
 SHOWN_EVERY_S = 0.2
 DESCRIPTION = """Holds private data and the bottom of a network that is cut in two.
 Joins the run of a dsl-server, which says what is trained and how.
+
+dsl-client predict: what a network so trained says of images; dsl-client predict --help tells more.
 Completion for a shell: dsl-client --print-completion bash, zsh or fish."""
 
 
@@ -67,6 +70,8 @@ def main() -> None:
 
 
 def _main(arguments: list[str]) -> int:
+    if arguments[:1] == ["predict"]:
+        return predict.main(arguments[1:])
     options = cli.parse(Options, arguments, Options(), PROGRAM, DESCRIPTION)
     tls.check_exposure("--server", options.server, options.certs, options.insecure)
     credentials = tls.Credentials.read(options.certs, "client") if options.certs else None

@@ -98,7 +98,14 @@ class Client:
         trainer.train(train, test, on_step, scored)
         measured = measurements(self._clock, self._device, gauge, self._alone)
         self._connection.leave(measured)
-        checkpoint.save(folder.path / "checkpoint", self.part, {"run": asdict(run), "client": self.index})
+        facts = {
+            "run": asdict(run),
+            "run_id": self._memory.run_id,
+            "client": self.index,
+            "data": self._source or run.data,
+            "classes": self._classes,
+        }
+        checkpoint.save(folder.path / "checkpoint", self.part, facts)
         folder.write_summary(
             {
                 "client": self.index,
@@ -152,6 +159,7 @@ class Client:
         train, test = (
             data.load(source, image, classes) if isinstance(source, str) else taken(source, image, classes)
         )
+        self._classes = train.names
         train = limited(train, run.train_limit, run.seed)
         test = limited(test, run.test_limit, run.seed)
         mine = None

@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import grpc
@@ -114,7 +115,7 @@ class Connection:
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
     def _join(self, takeover: bool) -> pb.Welcome:
-        self._connect(self._patience)
+        wait_for(self._channels[-1], self._target, self._credentials, self._patience)
         memory = self.memory
         request = pb.JoinRequest(
             oldest_version=rpc.VERSION,
@@ -259,43 +260,14 @@ class Connection:
         for channel in self._channels:
             channel.close()
 
-    def _connect(self, patience: float) -> None:
-        """Raises IdentityError as soon as it is certain that waiting is of no use."""
-        end = time.monotonic() + patience
-        while True:
-            # Asked anew each time, since each asks once: what came may be gone already.
-            ready = grpc.channel_ready_future(self._channels[-1])
-            try:
-                ready.result(min(PREFLIGHT_S, max(0.0, end - time.monotonic())))
-                return
-            except grpc.FutureTimeoutError:
-                ready.cancel()
-                tls.preflight(self._target, self._credentials)
-            if time.monotonic() >= end:
-                raise ClosedError(
-                    f"no server at {self._target} within {patience:g} s; is dsl-server running there and the "
-                    "port open? --patience waits longer"
-                )
-
     def check_open(self) -> None:
         """Raises why the membership is over, if it is."""
         if self._over:
             raise self._over
 
-    def _prepared(self, which: rpc.Rpc, traffic: Traffic) -> Any:
-        kind = "stream" if which.requests_stream else "unary"
-        kind += "_stream" if which.responses_stream else "_unary"
-        write = rpc.writer(which.request, which.requests_in_pieces)
-        read = rpc.reader(which.response, which.responses_in_pieces)
-        return getattr(self._channels[-1], kind)(
-            which.path,
-            request_serializer=traffic.writing(which, "up", self._clock.function("encode", write)),
-            response_deserializer=traffic.reading(which, "down", read),
-        )
-
     def _open(self) -> None:
-        self._channels.append(_channel(self._target, self._credentials))
-        self._calls = {which: self._prepared(which, self._traffic) for which in rpc.RPCS}
+        self._channels.append(channel_to(self._target, self._credentials))
+        self._calls = calls_by(self._channels[-1], rpc.RPCS, self._traffic, self._clock)
 
     def _drop(self) -> None:
         """What is left of a membership that is over."""
@@ -338,7 +310,47 @@ def is_passing(error: SplitLearningError) -> bool:
     )
 
 
-def _channel(target: str, credentials: tls.Credentials | None) -> grpc.Channel:
+def wait_for(
+    channel: grpc.Channel, target: str, credentials: tls.Credentials | None, patience: float
+) -> None:
+    """Until the server is there. Raises ClosedError when it does not come, and IdentityError as soon as it is
+    certain that waiting is of no use."""
+    end = time.monotonic() + patience
+    while True:
+        # Asked anew each time, since each asks once: what came may be gone already.
+        ready = grpc.channel_ready_future(channel)
+        try:
+            ready.result(min(PREFLIGHT_S, max(0.0, end - time.monotonic())))
+            return
+        except grpc.FutureTimeoutError:
+            ready.cancel()
+            tls.preflight(target, credentials)
+        if time.monotonic() >= end:
+            raise ClosedError(
+                f"no server at {target} within {patience:g} s; is dsl-server running there and the port "
+                "open? --patience waits longer"
+            )
+
+
+def calls_by(
+    channel: grpc.Channel, rpcs: Iterable[rpc.Rpc], traffic: Traffic, clock: Clock
+) -> dict[rpc.Rpc, Any]:
+    """What makes each of these calls over the channel, metered."""
+    calls = {}
+    for which in rpcs:
+        kind = "stream" if which.requests_stream else "unary"
+        kind += "_stream" if which.responses_stream else "_unary"
+        write = rpc.writer(which.request, which.requests_in_pieces)
+        read = rpc.reader(which.response, which.responses_in_pieces)
+        calls[which] = getattr(channel, kind)(
+            which.path,
+            request_serializer=traffic.writing(which, "up", clock.function("encode", write)),
+            response_deserializer=traffic.reading(which, "down", read),
+        )
+    return calls
+
+
+def channel_to(target: str, credentials: tls.Credentials | None) -> grpc.Channel:
     options = client_options(2 * PIECE_BYTES + SLACK_BYTES)
     if credentials is None:
         return grpc.insecure_channel(target, options)

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Any, Protocol
 
+from common.channel import Channel
 from common.errors import ClosedError, SplitLearningError
 from common.meter import Clock
 from common.wire import split_learning_pb2 as pb
 from common.wire.pieces import Piece
-from dsl_client.channel import Channel
 from dsl_client.spool import Frame, Spool
 from dsl_client.stream import Call, Flow, Pieces, Stretch, failure_of
 

@@ -130,20 +130,20 @@ def _pictures(
     channels, height, width = image
     images = np.empty((len(found), height, width, 1 if channels == 1 else 3), np.uint8)
     for row, (file, _) in enumerate(found):
-        images[row] = _picture(file, image)
+        images[row] = picture(file, image)
     return images, np.array([label for _, label in found])
 
 
-def _picture(file: Path, image: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """One picture as (H, W, C), grey where the run's C is 1."""
+def picture(file: Path, image: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """One picture as (H, W, C), grey where the run's C is 1. Raises ConfigError."""
     from PIL import Image
 
     channels, height, width = image
     try:
-        with Image.open(file) as picture:
-            if picture.mode[0] in "IF":  # PIL would clip 16 bits to white, silently
+        with Image.open(file) as opened:
+            if opened.mode[0] in "IF":  # PIL would clip 16 bits to white, silently
                 raise ConfigError(f"{file} has more than 8 bits a channel; save it with 8")
-            flat = picture.convert("L" if channels == 1 else "RGB")
+            flat = opened.convert("L" if channels == 1 else "RGB")
             flat = flat.resize((width, height), Image.Resampling.BILINEAR)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ConfigError(f"{file} is no readable picture ({_line(error)}); remove it") from error

@@ -20,6 +20,7 @@ import grpc
 import torch
 from torch import Tensor
 
+from common.channel import Channel
 from common.errors import (
     ClosedError,
     DigestError,
@@ -40,7 +41,6 @@ from common.wire import split_learning_pb2 as pb
 from common.wire.codec import BatchSpec
 from common.wire.pieces import Piece, serialized_size
 from common.wire.rpc import EXPECTED, judged
-from dsl_client.channel import Channel
 
 T = TypeVar("T")
 Pieces = Iterator[Piece[Any]]
@@ -63,6 +63,11 @@ def told(error: Any) -> SplitLearningError:
     code, details = error.code(), " ".join(str(error.details()).split())
     if code is grpc.StatusCode.ABORTED:
         return SequenceError(details, _expected(error))
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return RefusedError(
+            "the server has no such call: does it train (dsl-server), or does it serve a finished run "
+            "(dsl-server --serve)?"
+        )
     if code in _ERRORS:
         return _ERRORS[code](details)
     return ClosedError(f"the server went away ({code.name}: {details})")

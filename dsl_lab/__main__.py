@@ -14,6 +14,8 @@ from dsl_lab import certs
 from dsl_lab.cuts import Cuts, cuts
 from dsl_lab.demo import Demo, demo
 from dsl_lab.doctor import Doctor, doctor
+from dsl_lab.evaluate import Evaluate, evaluate
+from dsl_lab.export import Export, export
 from dsl_lab.paper import Paper, paper
 
 PROGRAM = "dsl"
@@ -54,6 +56,8 @@ Command = (
     | Annotated[Methods, tyro.conf.subcommand("methods")]
     | Annotated[Cuts, tyro.conf.subcommand("cuts")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[certs.Certs, tyro.conf.subcommand("certs")]
 )
 
@@ -79,6 +83,12 @@ def _main(arguments: list[str]) -> int:
         return 0
     if isinstance(command, Doctor):
         return 0 if doctor(command, console) else 1
+    if isinstance(command, Export):
+        export(command, console)
+        return 0
+    if isinstance(command, Evaluate):
+        evaluate(command, console)
+        return 0
     if isinstance(command, certs.Certs):
         certs.run(command.command)
         return 0

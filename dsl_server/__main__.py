@@ -16,7 +16,7 @@ import tyro
 from common import cli, tls
 from common.errors import ClosedError, ConfigError, StaleError
 from common.exporter import Exporter
-from common.progress import Progress
+from common.progress import Progress, megabytes
 from common.run import Run, defaults_from
 from dsl_server.dashboard.serve import Dashboard
 from dsl_server.trackers import MLflow, TensorBoard, Tracker, Tracking
@@ -59,6 +59,9 @@ class Options:
     """A folder for TensorBoard's event files of this run. Needs the extra [tensorboard]."""
     mlflow: str | None = None
     """Where to tell MLflow of the run: a server, or a store such as sqlite:///mlflow.db. Needs mlflow."""
+    serve: Path | None = None
+    """Serve predictions of the finished run in this folder, until stopped. The run's settings are those that
+    it has."""
     print_config: bool = False
     """Print the run's settings as TOML, and end."""
 
@@ -79,7 +82,41 @@ def _main(arguments: list[str]) -> int:
     if options.print_config:
         print(_toml(options.run), end="")
         return 0
-    return _serve(options)
+    return _predict(options, options.serve) if options.serve else _serve(options)
+
+
+def _predict(options: Options, ended: Path) -> int:
+    if options.resume or options.out or options.config:
+        raise ConfigError(f"--serve {ended}: nothing is trained; leave --resume, --out and --config out")
+    tls.check_exposure("--listen", options.listen, options.certs, options.insecure)
+    credentials = tls.Credentials.read(options.certs, "server") if options.certs else None
+    from common.ended import server_end  # these import torch
+    from dsl_server.predictor import Predictor
+
+    device, progress = cli.device_of(options.device), Progress(PROGRAM)
+    run = server_end(ended, device)
+    server = Predictor(run, options.listen, device, progress.log, credentials)
+    tally, traffic = server.tally, server.traffic
+    with progress:
+        host, also = _address(options)
+        progress.log(
+            f"serving {ended}: {run.run.method} on {run.run.model} cut at {run.run.place}, {device}, "
+            f"listening on {options.listen}: "
+            f"dsl-client predict --server {host}:{server.port}{also} --run CLIENT-FOLDER"
+        )
+        server.start()
+        try:
+            while True:
+                time.sleep(0.2)
+                up, down = (megabytes(traffic.total(way)) for way in ("up", "down"))
+                progress.show(f"{tally.samples:,} samples  calls {tally.calls}  up {up}  down {down}")
+        except cli.Stopped as stopped:
+            if stopped.number != signal.SIGTERM:
+                raise
+        finally:
+            server.stop(DRAIN_S)
+            progress.log(f"served {tally.samples:,} samples")
+    return 0
 
 
 def _serve(options: Options) -> int:
@@ -159,14 +196,19 @@ def _trackers(options: Options) -> Iterator[Tracker]:
 
 
 def _greeting(options: Options, run: Run, port: int, device: str) -> str:
-    host = options.listen.rpartition(":")[0]
-    host = "THIS-HOST" if host in ("0.0.0.0", "[::]") else host
-    also = " --certs FOLDER" if options.certs else " --insecure" if options.insecure else ""
+    host, also = _address(options)
     return (
         f"{run.method} on {run.model} cut at {run.place}, {device}, listening on {options.listen}; "
         f"waiting for {run.clients} client{'s' if run.clients > 1 else ''}: "
         f"dsl-client --server {host}:{port}{also}"
     )
+
+
+def _address(options: Options) -> tuple[str, str]:
+    """How a client says where the server is, and the flag that it needs."""
+    host = options.listen.rpartition(":")[0]
+    host = "THIS-HOST" if host in ("0.0.0.0", "[::]") else host
+    return host, " --certs FOLDER" if options.certs else " --insecure" if options.insecure else ""
 
 
 def _result(summary: dict[str, Any], folder: Path, lost: Sequence[object]) -> str:

@@ -40,7 +40,7 @@ from common.tls import Credentials, Guard
 from common.wire.codec import batch_spec
 from common.wire.options import SLACK_BYTES, server_options
 from common.wire.pieces import PIECE_BYTES
-from common.wire.rpc import SERVICE
+from common.wire.rpc import RPCS, Rpc
 from dsl_server.audit import Audit
 from dsl_server.gate import Gate
 from dsl_server.inbox import Inbox, Job
@@ -168,8 +168,8 @@ class Server:
         )
         if saved:
             self._restore(saved, part_specs)
-        self._grpc, self._pool, self._health, self.port = _listen(
-            listen, run.clients, self._service, self.traffic, self.record.tally, credentials
+        self._grpc, self._pool, self._health, self.port = listen_on(
+            listen, run.clients, self._service, self.traffic, credentials, tally=self.record.tally
         )
         self.sockets.watch(self.port)
 
@@ -208,7 +208,8 @@ class Server:
     def finish(self) -> dict[str, Any]:
         """After the run: the part saved, the summary written and returned."""
         try:
-            checkpoint.save(self._folder.path / "checkpoint", self.part, {"run": asdict(self.run)})
+            facts = {"run": asdict(self.run), "run_id": self.rounds.ledger.run_id}
+            checkpoint.save(self._folder.path / "checkpoint", self.part, facts)
             return self.record.write_summary()
         except OSError as error:
             raise ConfigError(f"{self._folder.path} cannot be written: {error.strerror}") from error
@@ -338,14 +339,17 @@ class Server:
             self.rounds.close(ClosedError(str(error)))
 
 
-def _listen(
+def listen_on(
     listen: str,
     clients: int,
-    service: Service,
+    service: object,
     traffic: Traffic,
-    tally: Tally,
     credentials: Credentials | None,
+    rpcs: Sequence[Rpc] = RPCS,
+    tally: Tally | None = None,
 ) -> tuple[grpc.Server, ThreadPoolExecutor, health.HealthServicer, int]:
+    """A server of these RPCs, with health checks and reflection, that has not begun; the threads that it
+    answers with, its health, and its port. Raises ConfigError where that cannot be had."""
     members = _CALLS_OF_A_CLIENT * clients
     of_a_connection = members + _SPARE_CALLS  # which may be that of all clients
     calls = members + of_a_connection + _SPARE_CALLS  # so no connection can have the places of the others
@@ -356,10 +360,11 @@ def _listen(
         options=server_options(PIECE_BYTES * 2 + SLACK_BYTES, of_a_connection),
         maximum_concurrent_rpcs=calls,  # refuse at once what would otherwise wait for a thread
     )
-    add_to(server, service, traffic, tally)
+    add_to(server, service, traffic, rpcs, tally)
     healthy = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
-    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    names = (rpcs[0].service, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
     host, _, number = listen.rpartition(":")
     if not host or not re.fullmatch(r"[0-9]{1,5}", number) or int(number) > 65535:
         raise ConfigError(f"--listen {listen}: say host:port, with a port from 0 to 65535")

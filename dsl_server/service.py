@@ -36,7 +36,7 @@ from common.wire import codec
 from common.wire import split_learning_pb2 as pb
 from common.wire.codec import BatchSpec
 from common.wire.pieces import Piece
-from common.wire.rpc import EXPECTED, RPCS, SERVICE, VERSION, judged, reader, writer
+from common.wire.rpc import EXPECTED, RPCS, VERSION, Rpc, judged, reader, writer
 from dsl_server import ping
 from dsl_server.audit import Audit, Event
 from dsl_server.inbox import Errand, Inbox, Job
@@ -248,7 +248,7 @@ class Service:
         yield from codec.pack_weights(pb.SyncWeightsResponse, back, answer)
 
     def Evaluate(self, requests: Pieces, context: Context) -> Iterator[Piece[pb.EvaluateResponse]]:
-        opening = _opening(requests, "evaluation")
+        opening = opening_of(requests, "evaluation")
         member = self._member(opening.session, context)
         if opening.epoch >= self._run.epochs:
             raise WireError(
@@ -363,7 +363,7 @@ class Service:
 
     def _segment(self, requests: Pieces, context: Context) -> Iterator[tuple[Job, bool]]:
         """As the intake's `jobs`: those that one call brings."""
-        segment = _opening(requests, "segment")
+        segment = opening_of(requests, "segment")
         member = self._member(segment.session, context)
         self._intake.check(member, segment)
         self._rounds.begin_segment(member, segment.first_sequence)
@@ -383,22 +383,29 @@ class Service:
         return errand.answer
 
 
-def add_to(server: grpc.Server, service: Service, traffic: Traffic, tally: Tally) -> None:
-    """Registers the service's methods, metered: over all, and for each client."""
+def add_to(
+    server: grpc.Server,
+    service: object,
+    traffic: Traffic,
+    rpcs: Sequence[Rpc] = RPCS,
+    tally: Tally | None = None,
+) -> None:
+    """Registers the service's methods, those of these RPCs, metered: over all, and for each client."""
     handlers = {}
-    for rpc in RPCS:
+    for rpc in rpcs:
         kind = ("stream" if rpc.requests_stream else "unary") + (
             "_stream" if rpc.responses_stream else "_unary"
         )
         make = getattr(grpc, f"{kind}_rpc_method_handler")
-        method = tally.around(rpc, getattr(service, rpc.name))
+        method = getattr(service, rpc.name)
+        method = tally.around(rpc, method) if tally else method
         behaviour = _answered(method, rpc.requests_stream, rpc.responses_stream)
         handlers[rpc.name] = make(
             behaviour,
             request_deserializer=traffic.reading(rpc, "up", reader(rpc.request, rpc.requests_in_pieces)),
             response_serializer=traffic.writing(rpc, "down", writer(rpc.response, rpc.responses_in_pieces)),
         )
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(rpcs[0].service, handlers),))
 
 
 def _answered(
@@ -438,7 +445,7 @@ def _first(requests: Pieces) -> Piece[Any]:
     return piece
 
 
-def _opening(requests: Pieces, field: str) -> Any:
+def opening_of(requests: Pieces, field: str) -> Any:
     piece = _first(requests)
     if piece.head.WhichOneof("head") != field or piece.size:
         raise WireError(f"the stream must open with its {field}, alone")

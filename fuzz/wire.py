@@ -143,6 +143,7 @@ def _unpack_gradient(
 
 
 READERS = tuple(_readers())
+CALLS = (*rpc.RPCS, *rpc.PREDICTION_RPCS)
 
 
 def read(raw: bytes) -> object:
@@ -150,7 +151,7 @@ def read(raw: bytes) -> object:
     if not raw:
         return None
     reader, messages = READERS[raw[0] % len(READERS)], _messages(raw[1:])
-    for kind, in_pieces in ((which.request, which.requests_in_pieces) for which in rpc.RPCS):
+    for kind, in_pieces in ((which.request, which.requests_in_pieces) for which in CALLS):
         for message in messages[:1]:  # the same bytes as a message of any other kind
             rpc.reader(kind, in_pieces)(message)
     pieces = (decode(reader.kind, message) for message in messages)

@@ -4,8 +4,8 @@ import threading
 
 import pytest
 
+from common.channel import Channel
 from common.errors import ClosedError, WireError
-from dsl_client.channel import Channel
 from tests.threads import in_thread, waits
 
 pytestmark = pytest.mark.timeout(20)

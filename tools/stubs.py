@@ -6,15 +6,16 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-STUBS = ("split_learning_pb2.py", "split_learning_pb2.pyi", "split_learning_pb2_grpc.py")
+PROTOCOLS = ("split_learning", "prediction")
+STUBS = tuple(f"{name}_pb2{end}" for name in PROTOCOLS for end in (".py", ".pyi", "_grpc.py"))
 
 
 def generate(out: Path) -> None:
-    """Writes the three stub files, with imports that fit their place in common.wire."""
+    """Writes the stub files, with imports that fit their place in common.wire."""
     with tempfile.TemporaryDirectory() as folder:
         flags = [f"--{kind}_out={folder}" for kind in ("python", "pyi", "grpc_python")]
-        source = str(ROOT / "protos/dsl/v1/split_learning.proto")
-        command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT / 'protos'}", *flags, source]
+        sources = [str(ROOT / f"protos/dsl/v1/{name}.proto") for name in PROTOCOLS]
+        command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT / 'protos'}", *flags, *sources]
         subprocess.run(command, check=True)
         for name in STUBS:
             text = (Path(folder) / "dsl/v1" / name).read_text()

@@ -30,7 +30,7 @@ def trace(model: str, net: nn.Module, example: Tensor, training: bool) -> Trace:
     """
     net.train(training)
     try:
-        with _quiet():
+        with quiet():
             program = torch.export.export(
                 net, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False
             )
@@ -109,7 +109,7 @@ def _place_of(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """What torch.export says while it works is for its own developers."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -20,6 +20,7 @@ from common.methods.base import Method, Smashed, Tail
 from common.nets.cut import CutNet, shape_after
 from common.parts import Spec, State, after_cut
 from common.run import Run
+from common.wire import prediction_pb2 as prediction
 from common.wire import split_learning_pb2 as pb
 from common.wire.pieces import PIECE_BYTES, Digest, Head, Piece
 
@@ -93,7 +94,7 @@ def pack_batch(
 
     choice: the codec, of the run's ladder, where the client chooses it.
     """
-    way = Way.EXAM if kind is pb.EvaluateRequest else Way.BATCH
+    way = Way.EXAM if kind in (pb.EvaluateRequest, prediction.PredictRequest) else Way.BATCH
     head = pb.Batch(sequence=sequence, activations=_describe(batch.z))
     if choice:
         codec, _, zstd, _ = split(choice)

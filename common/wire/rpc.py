@@ -13,10 +13,12 @@ from google.protobuf.message import DecodeError, Message
 
 from common.errors import WireError
 from common.wire import pieces
+from common.wire import prediction_pb2 as prediction
 from common.wire import split_learning_pb2 as pb
 from common.wire.pieces import Piece
 
 SERVICE: str = pb.DESCRIPTOR.services_by_name["SplitLearningService"].full_name
+PREDICTION: str = prediction.DESCRIPTOR.services_by_name["PredictionService"].full_name
 EXPECTED = "dsl-expected-seq"  # beside ABORTED: the number of the batch that is due
 VERSION = 1  # of the protocol; a range is agreed on at Join
 
@@ -34,10 +36,11 @@ class Rpc:
     responses_stream: bool = False
     requests_in_pieces: bool = False
     responses_in_pieces: bool = False
+    service: str = SERVICE
 
     @property
     def path(self) -> str:
-        return f"/{SERVICE}/{self.name}"
+        return f"/{self.service}/{self.name}"
 
 
 JOIN = Rpc("Join", pb.JoinRequest, pb.JoinResponse, responses_stream=True)
@@ -55,6 +58,12 @@ LEAVE = Rpc("Leave", pb.LeaveRequest, pb.LeaveResponse)
 PING = Rpc("Ping", pb.PingRequest, pb.PingResponse)
 
 RPCS = (JOIN, STREAM_ACTIVATIONS, TRAIN, SYNC_WEIGHTS, EVALUATE, LEAVE, PING)
+
+INSPECT = Rpc("Inspect", prediction.InspectRequest, prediction.InspectResponse, service=PREDICTION)
+PREDICT = Rpc(
+    "Predict", prediction.PredictRequest, prediction.PredictResponse, True, True, True, True, PREDICTION
+)
+PREDICTION_RPCS = (INSPECT, PREDICT)  # of a finished run's server
 
 Write = Callable[[Any], bytes]
 Read = Callable[[bytes], Any]
