@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint stubs soak bench-accuracy bench-codecs bench-durability bench-link bench-memory bench-methods bench-overlap bench-paper bench-traffic bench-wire clean fuzz
+.PHONY: demo test test-slow lint stubs soak docker-test bench-accuracy bench-codecs bench-durability bench-link bench-memory bench-methods bench-overlap bench-paper bench-traffic bench-wire clean fuzz
 
 demo: $(VENV)/ready
 	$(BIN)/dsl demo
@@ -29,6 +29,9 @@ stubs: $(VENV)/ready
 
 soak: $(VENV)/ready
 	$(BIN)/python benchmarks/soak/main.py $(SOAK)
+
+docker-test: $(VENV)/ready
+	PYTHON=$(abspath $(BIN)/python) docker/test.sh
 
 bench-accuracy bench-codecs bench-durability bench-link bench-memory bench-methods bench-overlap bench-traffic bench-wire: bench-%: $(VENV)/ready
 	$(BIN)/python benchmarks/$*/main.py $(IMAGES)
