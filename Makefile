@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo docs test test-slow lint stubs soak bench-accuracy bench-codecs bench-durability bench-layout bench-link bench-memory bench-methods bench-overlap bench-paper bench-traffic bench-wire clean fuzz examples
+.PHONY: demo docs test test-slow lint stubs soak bench-accuracy bench-codecs bench-durability bench-layout bench-link bench-memory bench-methods bench-overlap bench-paper bench-traffic bench-wire clean fuzz docker-test examples
 
 demo: $(VENV)/ready
 	$(BIN)/dsl demo
@@ -36,6 +36,9 @@ examples: $(VENV)/ready
 
 soak: $(VENV)/ready
 	$(BIN)/python benchmarks/soak/main.py $(SOAK)
+
+docker-test: $(VENV)/ready
+	PYTHON=$(abspath $(BIN)/python) docker/test.sh
 
 bench-accuracy bench-codecs bench-durability bench-layout bench-link bench-memory bench-methods bench-overlap bench-traffic bench-wire: bench-%: $(VENV)/ready
 	$(BIN)/python benchmarks/$*/main.py $(IMAGES)

@@ -9,7 +9,7 @@ import tyro
 from rich.console import Console
 
 from common import cli
-from common.errors import ConfigError
+from common.errors import ConfigError, SplitLearningError
 from dsl_lab import certs
 from dsl_lab.cuts import Cuts, cuts
 from dsl_lab.demo import Demo, demo
@@ -49,6 +49,20 @@ class Bench:
     command: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[Benchmark]]
 
 
+@dataclass(frozen=True)
+class Health:
+    """Asks a server whether it takes clients; a line, and 0 or 1, for containers and their orchestrators."""
+
+    server: str = "localhost:50051"
+    """The server's host:port."""
+    certs: Path | None = None
+    """A client's folder of certificate and key, where the server has certificates."""
+    alive: bool = False
+    """Any answer will do, also that it takes no clients now: it need not be started again."""
+    patience: float = 5.0
+    """Seconds to wait for an answer."""
+
+
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
@@ -59,6 +73,7 @@ Command = (
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[certs.Certs, tyro.conf.subcommand("certs")]
+    | Annotated[Health, tyro.conf.subcommand("health")]
 )
 
 
@@ -92,11 +107,24 @@ def _main(arguments: list[str]) -> int:
     if isinstance(command, certs.Certs):
         certs.run(command.command)
         return 0
+    if isinstance(command, Health):
+        return _health(command)
     if isinstance(command, Bench):
         assert command.command is not None, "tyro asks for one"
         paper(command.command, console)
         return 0
     return _report(command, console)
+
+
+def _health(options: Health) -> int:
+    from dsl_lab.health import health  # imports grpc
+
+    try:
+        print(health(options.server, options.certs, options.patience, options.alive))
+    except SplitLearningError as error:
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return 1  # whatever it was: to Docker 2 means nothing
+    return 0
 
 
 def _report(options: Report, console: Console) -> int:
