@@ -33,10 +33,10 @@ class Options:
     """Connect to another machine without --certs: nothing is encrypted."""
     data: str | None = None
     """Where the data is here, if not where the run says: sample, fashion-mnist, cifar10, cifar100,
-    npz:FILE or folder:DIR."""
-    model: str | None = None
-    """Code of yours that the run may build its network with: package.module:function, as the server's --model
-    says. No server can have this machine import a module that is not named here."""
+    npz:FILE, folder:DIR, or package.module:function, which gives two torch Datasets (docs/data.md)."""
+    allow: tuple[str, ...] = ()
+    """Code of yours that the run may call: package.module:function, as the server's --model, --loss, --metric
+    or --data say. No server can have this machine import a module that is not named here."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda or cuda:N."""
     out: Path | None = None
@@ -75,7 +75,7 @@ def _main(arguments: list[str]) -> int:
             options.data,
             credentials,
             memory,
-            options.model,
+            options.allow,
         )
         try:
             progress.show(f"waiting for the server at {options.server}")
@@ -110,7 +110,7 @@ class _View:
     def __init__(self, client: "Client", run: "Run", progress: Progress) -> None:
         self._client, self._run, self._progress = client, run, progress
         self._start, self._samples, self._due = time.monotonic(), 0, 0.0
-        self._accuracy = "accuracy –"
+        self._accuracy = f"{run.metric.rpartition(':')[2]} –"
 
     def step(self, step: "Step") -> None:
         self._samples += step.samples
@@ -133,7 +133,7 @@ class _View:
 
     def scored(self, score: "Scored") -> None:
         alone = f" (alone {score.alone:.3f})" if score.alone is not None else ""
-        self._accuracy = f"accuracy {score.accuracy:.3f}{alone}"
+        self._accuracy = f"{score.metric.rpartition(':')[2]} {score.value:.3f}{alone}"
         self._progress.log(f"epoch {score.epoch + 1}/{self._run.epochs}  {self._accuracy}  {self._bytes()}")
 
     def _bytes(self) -> str:

@@ -4,7 +4,7 @@ import json
 import math
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,6 @@ def _greeting(options: Options, run: Run, port: int, device: str) -> str:
 def _line(server: Any) -> str:
     record, run = server.record, server.run
     here = sum(account.present or account.left for account in server.rounds.members())
-    accuracy = record.test["accuracy"]
     return "  ".join(
         [
             f"clients {here}/{run.clients}",
@@ -130,7 +129,7 @@ def _line(server: Any) -> str:
             f"{record.samples_trained:,} samples",
             f"{record.samples_trained / max(record.seconds, 1e-9):,.0f}/s",
             "loss –" if math.isnan(record.loss) else f"loss {record.loss:.3f}",
-            f"accuracy {accuracy:.3f}" if accuracy is not None else "accuracy –",
+            _scored(record.test, 3) or f"{run.metric.rpartition(':')[2]} –",
             f"up {megabytes(server.traffic.total('up'))}",
             f"down {megabytes(server.traffic.total('down'))}",
         ]
@@ -138,13 +137,20 @@ def _line(server: Any) -> str:
 
 
 def _result(summary: dict[str, Any], folder: Path, lost: Sequence[object]) -> str:
-    accuracy = summary["test"]["accuracy"]
-    scored = f"accuracy {accuracy:.4f}" if accuracy is not None else "not scored"
+    scored = _scored(summary["test"], 4) or "not scored"
     without = f" without {', '.join(map(str, lost))}" if lost else ""
     return (
         f"finished{without}: {summary['samples_trained']:,} samples in {summary['seconds']['wall']:.1f} s, "
         f"{scored}; everything in {folder}"
     )
+
+
+def _scored(test: Mapping[str, Any], digits: int) -> str:
+    """The run's metric, by the last part of its name; nothing where none is known yet."""
+    metric = test.get("metric") or {"name": "accuracy", "joined": test["accuracy"]}
+    if metric["joined"] is None:
+        return ""
+    return f"{metric['name'].rpartition(':')[2]} {metric['joined']:.{digits}f}"
 
 
 def _value_of(flag: str, arguments: list[str]) -> str | None:

@@ -51,9 +51,10 @@ STREAM_ACTIVATIONS = Rpc(
 TRAIN = Rpc("Train", pb.TrainRequest, pb.TrainResponse, True, True, True, True)
 SYNC_WEIGHTS = Rpc("SyncWeights", pb.SyncWeightsRequest, pb.SyncWeightsResponse, True, True, True, True)
 EVALUATE = Rpc("Evaluate", pb.EvaluateRequest, pb.EvaluateResponse, True, True, True, True)
+DESCRIBE = Rpc("Describe", pb.DescribeRequest, pb.DescribeResponse)
 LEAVE = Rpc("Leave", pb.LeaveRequest, pb.LeaveResponse)
 
-RPCS = (JOIN, STREAM_ACTIVATIONS, TRAIN, SYNC_WEIGHTS, EVALUATE, LEAVE)
+RPCS = (JOIN, STREAM_ACTIVATIONS, TRAIN, SYNC_WEIGHTS, EVALUATE, DESCRIBE, LEAVE)
 
 Write = Callable[[Any], bytes]
 Read = Callable[[bytes], Any]
