@@ -122,7 +122,7 @@ def check_alone(client: Ended[ClientPart]) -> None:
 def _output_shape(run: Run, method: Method, net: CutNet) -> Shape:
     """Of logits, or of what the client's last layers take."""
     if method.tail is Tail.NONE:
-        return (run.class_count,)
+        return (run.outputs,)
     return shape_after(after_cut(net, method)[0], net.cut_shape)
 
 

@@ -10,6 +10,7 @@ from common.methods.base import ClientPart, Method, Part, ServerPart, Stage, Tai
 from common.nets.cut import CutNet, slices
 from common.nets.recompute import Recomputed, segments
 from common.nets.resnet import Block
+from common.objective import loss_of
 from common.optim import sgd
 from common.run import Run
 
@@ -18,7 +19,7 @@ Spec = tuple[torch.dtype, tuple[int, ...]]
 
 
 def client_part(run: Run, method: Method, net: CutNet, device: torch.device) -> ClientPart:
-    """Raises ConfigError where --keep-blocks keeps all that there are."""
+    """Raises ConfigError where --keep-blocks keeps all that there are, or the run's loss cannot be had."""
     bottom = net.bottom.to(device)
     head = net.head.to(device) if method.local_loss else None
     tail = after_cut(net, method)[1].to(device) if method.tail is not Tail.NONE else None
@@ -31,7 +32,7 @@ def client_part(run: Run, method: Method, net: CutNet, device: torch.device) -> 
         last = _recomputed(run, last) if last is not None else None
         bottom = bottom if inner else _recomputed(run, bottom)
     learned = [bottom, head, *(stage.head for stage in inner), tail]
-    return ClientPart(bottom, head, sgd(_parameters(learned), run), tail, inner, last)
+    return ClientPart(bottom, head, sgd(_parameters(learned), run), tail, inner, last, loss_of(run))
 
 
 def server_part(run: Run, method: Method, net: CutNet, device: torch.device) -> ServerPart:
@@ -40,7 +41,7 @@ def server_part(run: Run, method: Method, net: CutNet, device: torch.device) -> 
     inner, last = _stages(top, net.top_heads, device)
     learned = [top, *(stage.head for stage in inner)]
     chance = torch.Generator().manual_seed(run.seed)
-    return ServerPart(top, sgd(_parameters(learned), run), chance, inner, last, head)
+    return ServerPart(top, sgd(_parameters(learned), run), chance, inner, last, head, loss_of(run))
 
 
 def after_cut(net: CutNet, method: Method) -> tuple[nn.Module, nn.Module]:

@@ -95,13 +95,20 @@ class Run:
     sync_every: int = 1
     """Epochs from one average of the clients' parts to the next; there is one at the end in any case."""
     data: str = "sample"
-    """sample, fashion-mnist, cifar10, cifar100, npz:FILE or folder:DIR. Only clients read it."""
+    """sample, fashion-mnist, cifar10, cifar100, npz:FILE, folder:DIR, or package.module:function, which gives
+    two torch Datasets (docs/data.md). Only clients read it."""
     partition: str = "iid"
     """Each client's share: iid, dirichlet:ALPHA, or own (all of what it has)."""
     image: tuple[int, int, int] | None = None
     """Image shape (channels, height, width). Default: that of the data set, else 3 32 32."""
     classes: int | None = None
     """How many classes there are. Default: that of the data set, else 10."""
+    targets: str = "classes"
+    """What there is to learn: classes, or float:K, K numbers a sample (then say --loss and --metric)."""
+    loss: str = "cross-entropy"
+    """What is minimised: cross-entropy; mse or bce of float:K; or package.module:function (docs/data.md)."""
+    metric: str = "accuracy"
+    """What is scored: accuracy; mse or mae of float:K; or package.module:function."""
     train_limit: int = 0
     """Deal out only this many training images, drawn by the seed; 0: all."""
     test_limit: int = 0
@@ -199,6 +206,16 @@ class Run:
         return KNOWN_DATA.get(self.data, _OTHER_DATA)[1] if self.classes is None else self.classes
 
     @property
+    def numbers(self) -> int:
+        """How many numbers a sample's target has; 0 where targets are classes."""
+        return int(self.targets.partition(":")[2] or 0)
+
+    @property
+    def outputs(self) -> int:
+        """How many numbers the network gives for a sample: a logit a class, or as many as a target has."""
+        return self.numbers or self.class_count
+
+    @property
     def place(self) -> str:
         """Where the network is cut, for people."""
         return self.cut or self.split
@@ -282,6 +299,8 @@ class Run:
             raise ConfigError("--spool: say how many bytes, such as 1GB")
         for name in ("replay", "budget", "spool"):
             bytes_of(f"--{name}", getattr(self, name))  # raises where it is no size
+        if not re.fullmatch(r"classes|float:[1-9][0-9]{0,5}", self.targets):
+            raise ConfigError(f"--targets {self.targets!r}: choose classes, or float:K, such as float:1")
         if not self.name or set(self.name) - _NAME_CHARACTERS:
             raise ConfigError(f"--name {self.name!r}: use letters, digits, '.', '_' and '-'")
         if self.partition not in ("iid", "own") and not _is_dirichlet(self.partition):

@@ -2,7 +2,7 @@
 
 import logging
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +12,7 @@ import torch
 from common import cli, tls
 from common.errors import ClosedError, SplitLearningError
 from common.run import Run
-from dsl.naming import Model, name_of
+from dsl.naming import Function, name_of
 from dsl.server import said_of
 from dsl_client import client
 from dsl_client.datasets import Pair
@@ -33,11 +33,12 @@ class Client:
         folder = client.train()
 
     Arguments are those of `dsl-client`. server: its host:port. data: where the data is, if not where the run
-    says: a source by name, or (train, test), two datasets of uint8 images and labels. model: code of this
-    side's own that the run may build its network with, `package.module:function` or the function. state:
-    where to keep what it needs to go on after this process, in a run with checkpoints. patience: seconds to
-    wait for a server that is not there. threads: of its arithmetic; 0: as torch has it. alone: False where
-    the server, or another client, is in this process: then its peak memory is not its own, and is 0.
+    says: a source by name, or (train, test), two torch Datasets (docs/data.md). allow: functions of this
+    side's own that the run may call, to build its network or as its loss, metric or data: themselves or
+    their names, `package.module:function`. state: where to keep what it needs to go on after this process,
+    in a run with checkpoints. patience: seconds to wait for a server that is not there. threads: of its
+    arithmetic; 0: as torch has it. alone: False where the server, or another client, is in this process: then
+    its peak memory is not its own, and is 0.
 
     Raises ConfigError for what cannot be. What befalls it on the way is told to the logger `dsl`.
     """
@@ -48,7 +49,7 @@ class Client:
         *,
         name: str | None = None,
         data: Source | None = None,
-        model: Model | None = None,
+        allow: Function | Sequence[Function] = (),
         certs: str | Path | None = None,
         insecure: bool = False,
         device: str = "auto",
@@ -61,6 +62,7 @@ class Client:
         certificates, where = certs and Path(certs), state and Path(state)
         tls.check_exposure("--server", server, certificates or None, insecure)
         credentials = tls.Credentials.read(certificates, "client") if certificates else None
+        allowed = [allow] if isinstance(allow, str) or callable(allow) else allow
         self._out = Path(out) if out else where / "out" if where else None
         self._patience, self._threads = patience, threads
         self._reason: ClosedError | None = None
@@ -72,7 +74,7 @@ class Client:
             data,
             credentials,
             Memory(where or None, on_trouble=_log.warning),
-            None if model is None else name_of(model),
+            [name_of("allow", function) for function in allowed],
             alone,
         )
 

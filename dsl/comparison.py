@@ -11,7 +11,7 @@ from rich.console import Console
 from common.errors import ConfigError
 from common.run import Run
 from dsl.federation import Sources, new_folder, train
-from dsl.naming import Model
+from dsl.naming import Function
 from dsl.results import Results, html_of
 from dsl_lab import figures, report, table
 from dsl_lab.series import grouped
@@ -93,7 +93,9 @@ class Comparison(Sequence[Results]):
 def compare(
     runs: Sequence[Run | Results],
     *,
-    model: Model | None = None,
+    model: Function | None = None,
+    loss: Function | None = None,
+    metric: Function | None = None,
     data: Sources | None = None,
     out: str | Path | None = None,
     processes: bool = False,
@@ -115,6 +117,8 @@ def compare(
             run = train(
                 run,
                 model=model,
+                loss=loss,
+                metric=metric,
                 data=data,
                 out=folder / f"{number:02}-{run.method}",
                 processes=processes,

@@ -18,7 +18,7 @@ from dsl import processes as programs
 from dsl.borrowed import borrowed
 from dsl.client import Client, Source
 from dsl.lines import Lines
-from dsl.naming import Model, name_of
+from dsl.naming import Function, name_of
 from dsl.progress import Progress
 from dsl.results import Evaluation, Results, read
 from dsl.server import Server, said_of
@@ -33,7 +33,9 @@ _POLL_S = 0.1
 def train(
     run: Run,
     *,
-    model: Model | None = None,
+    model: Function | None = None,
+    loss: Function | None = None,
+    metric: Function | None = None,
     data: Sources | None = None,
     out: str | Path | None = None,
     processes: bool = False,
@@ -44,9 +46,9 @@ def train(
 ) -> Results:
     """Trains the run with a server and all its clients, on this machine, to its end.
 
-    model: the function that builds the network, or its name; else the run says. data: for all clients, or in
-    a list one for each (the run then has partition="own"); else the run says. out: where the folders server,
-    client-0 and so on go; by default runs/<time>-<name>-<method>. processes: each a process of its own, in
+    model: the function that builds the network, or its name; else the run says. loss, metric: likewise.
+    data: for all clients, or in a list one for each (the run then has partition="own"); else the run says.
+    out: where the folders server, client-0 and so on go; by default runs/<time>-<name>-<method>. processes: each a process of its own, in
     place of threads. threads: of the arithmetic of each. progress: with a live line. on_line: called with
     each evaluation as it comes, by the thread that called `train`.
 
@@ -54,7 +56,12 @@ def train(
     LaunchError; and whatever `on_line`, or a client's own data or network, raises. Then, and upon Ctrl-C,
     everything has ended.
     """
-    run = replace(run, model=name_of(model)) if model is not None else run
+    run = replace(
+        run,
+        model=run.model if model is None else name_of("model", model),
+        loss=run.loss if loss is None else name_of("loss", loss),
+        metric=run.metric if metric is None else name_of("metric", metric),
+    )
     run = replace(run, data=data) if isinstance(data, str) else run
     sources = _one_for_each(run, data)
     folder = Path(out) if out is not None else new_folder(f"{run.name}-{run.method}")
@@ -101,7 +108,7 @@ def _train(
                 server.address,
                 name=f"client-{index}",
                 data=source,
-                model=run.model,
+                allow=[run.model, run.loss, run.metric, run.data],
                 device=device,
                 out=out / f"client-{index}",
                 threads=threads,
@@ -204,6 +211,8 @@ def _told(run: Run) -> str:
 
 
 def _scored(line: Evaluation) -> str:
-    alone = line.test.client_only_accuracy
-    scores = f"accuracy {line.test.accuracy:.3f}" + (f" (alone {alone:.3f})" if alone is not None else "")
+    test = line.test
+    scores = f"{test.name} {test.joined:.3f}" + (
+        f" (alone {test.client_only:.3f})" if test.client_only is not None else ""
+    )
     return f"{scores}  up {megabytes(line.wire.up)}  down {megabytes(line.wire.down)}"

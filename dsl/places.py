@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import overload
 
 from dsl.html import html_table
-from dsl.naming import Model, name_of
+from dsl.naming import Function, name_of
 from dsl_lab import cuts as lab
 from dsl_lab.costs import Costs
 
@@ -56,7 +56,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[list[str]]:
 
 
 def cuts(
-    model: Model,
+    model: Function,
     input: Sequence[int] = (3, 32, 32),
     *,
     classes: int = 10,
@@ -72,4 +72,4 @@ def cuts(
     of multiply-adds a second that a client makes. Raises ConfigError.
     """
     shape = "x".join(map(str, input))
-    return Cuts(lab.Cuts(name_of(model), shape, classes, batch_size, link, memory, speed))
+    return Cuts(lab.Cuts(name_of("model", model), shape, classes, batch_size, link, memory, speed))

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from common.errors import ConfigError
 from common.methods import settled
-from common.nets.named import is_own
 from common.run import Run
 from dsl.client import Source
 from dsl.naming import check_importable_elsewhere
@@ -25,7 +24,8 @@ def launch(
     on_wait: Callable[[], None],
 ) -> None:
     """To its end. Raises ConfigError for what other processes cannot have, LaunchError where one fails."""
-    check_importable_elsewhere(run.model)
+    for what, function in (("model", run.model), ("loss", run.loss), ("metric", run.metric)):
+        check_importable_elsewhere(what, function)
     settled(run)  # what is wrong with it is told here, and not by a process
     also = []
     for source in sources:
@@ -34,9 +34,8 @@ def launch(
                 "data: other processes have not what this one holds; save it with numpy.savez and say "
                 "npz:FILE, or leave out processes=True"
             )
-        also.append(
-            [*(["--data", source] if source else []), *(["--model", run.model] if is_own(run.model) else [])]
-        )
+        named = [run.model, run.loss, run.metric, source or run.data]
+        also.append([*(["--data", source] if source else []), "--allow", *named])
     experiment = Experiment(
         _settings(run),
         out,

@@ -40,9 +40,14 @@ class Results:
         return self.finished.summary
 
     @property
-    def accuracy(self) -> float:
-        """Of the joined network on the test set, in the end: 0 to 1."""
+    def accuracy(self) -> float | None:
+        """Of the joined network on the test set, in the end: 0 to 1; None where another metric is scored."""
         return self.summary.test.accuracy
+
+    @property
+    def score(self) -> float | None:
+        """Of the joined network by the run's metric, whichever that is."""
+        return self.summary.test.joined
 
     @property
     def accuracy_alone(self) -> float | None:
@@ -91,7 +96,8 @@ class Results:
 
     def __repr__(self) -> str:
         return (
-            f"<{self.finished.method}: accuracy {self.accuracy:.4f}, {self.bytes_up / 1e6:,.1f} MB up, "
+            f"<{self.finished.method}: {self.summary.test.name} {self.score:.4f}, "
+            f"{self.bytes_up / 1e6:,.1f} MB up, "
             f"{self.bytes_down / 1e6:,.1f} MB down, {self.seconds:.1f} s; {self.folder}>"
         )
 

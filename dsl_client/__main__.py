@@ -43,10 +43,10 @@ class Options:
     """Connect to another machine without --certs: nothing is encrypted."""
     data: str | None = None
     """Where the data is here, if not where the run says: sample, fashion-mnist, cifar10, cifar100,
-    npz:FILE or folder:DIR."""
-    model: str | None = None
-    """Code of yours that the run may build its network with: package.module:function, as the server's --model
-    says. No server can have this machine import a module that is not named here."""
+    npz:FILE, folder:DIR, or package.module:function, which gives two torch Datasets (docs/data.md)."""
+    allow: tuple[str, ...] = ()
+    """Code of yours that the run may call: package.module:function, as the server's --model, --loss, --metric
+    or --data say. No server can have this machine import a module that is not named here."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda or cuda:N."""
     out: Path | None = None
@@ -95,7 +95,7 @@ def _main(arguments: list[str]) -> int:
             options.data,
             credentials,
             memory,
-            options.model,
+            options.allow,
         )
         try:
             progress.show(f"waiting for the server at {options.server}")
@@ -156,8 +156,8 @@ def _scored(watch: "Watch", progress: Progress, score: "Scored") -> None:
 
     watch.scored(score)
     view = watch.view()
-    accuracy = terminal.accuracy_of(score.accuracy, score.alone)
-    progress.log(f"epoch {score.epoch + 1}/{view.epochs}  {accuracy}  {terminal.bytes_of(view)}")
+    scored = terminal.score_of(view.metric, view.score, view.alone)
+    progress.log(f"epoch {score.epoch + 1}/{view.epochs}  {scored}  {terminal.bytes_of(view)}")
 
 
 if __name__ == "__main__":

@@ -28,10 +28,10 @@ FEWEST = 10  # samples that a dirichlet dealing leaves every client, where there
 def partition(labels: Tensor, scheme: str, clients: int, seed: int) -> list[Indices]:
     """Deals every sample to exactly one client: the sorted positions of each client's own.
 
-    labels: (N,) int64. scheme: `iid`, equal shares of a shuffle; or `dirichlet:ALPHA`, each class
-    dealt by its own draw from Dirichlet(ALPHA), the smaller the more uneven (Yurochkin et al.,
-    2019, https://arxiv.org/abs/1905.12022). Equal arguments give equal parts on every machine.
-    Raises ConfigError for another scheme, a bad ALPHA, or more clients than samples.
+    labels: (N,) int64, of which `iid` takes only the number. scheme: `iid`, equal shares of a shuffle; or
+    `dirichlet:ALPHA`, each class dealt by its own draw from Dirichlet(ALPHA), the smaller the more uneven
+    (Yurochkin et al., 2019, https://arxiv.org/abs/1905.12022). Equal arguments give equal parts on every
+    machine. Raises ConfigError for another scheme, a bad ALPHA, or more clients than samples.
     """
     if not 1 <= clients <= len(labels):
         have = f"{len(labels)} training samples"
@@ -98,7 +98,16 @@ def limited(dataset: Dataset, limit: int, seed: int) -> Dataset:
     if not 0 < limit < len(dataset):
         return dataset
     drawn = torch.from_numpy(np.random.default_rng(seed).permutation(len(dataset))[:limit])
-    return replace(dataset, images=dataset.images[drawn], labels=dataset.labels[drawn])
+    return replace(dataset, inputs=dataset.inputs[drawn], labels=dataset.labels[drawn])
+
+
+def _are_images(inputs: Tensor) -> bool:
+    return inputs.dtype == torch.uint8
+
+
+def _floats(inputs: Tensor) -> Tensor:
+    """Images normalised; of anything else, itself."""
+    return normalise(inputs) if _are_images(inputs) else inputs
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -110,8 +119,8 @@ class Batches:
     """One client's samples, epoch after epoch.
 
     Images wait as bytes on the device, a quarter of what floats would take, and become floats a
-    batch at a time. The last batch of an epoch is the short one, and is kept even if it is a single
-    sample: BatchNorm over (1, C, H, W) is sound as long as H * W > 1.
+    batch at a time; other inputs are given as they are. The last batch of an epoch is the short one,
+    and is kept even if it is a single sample: BatchNorm over (1, C, H, W) is sound as long as H * W > 1.
     """
 
     def __init__(
@@ -129,8 +138,8 @@ class Batches:
         """indices: this client's part of the data set, None for all. seed, client: 0 or more."""
         assert batch_size > 0, batch_size
         mine = slice(None) if indices is None else torch.from_numpy(indices)
-        self._images = dataset.images[mine].to(device)  # (N, C, H, W) uint8
-        self._labels = dataset.labels[mine].to(device)  # (N,)
+        self._inputs = dataset.inputs[mine].to(device)  # (N, C, H, W) uint8, or (N, ...)
+        self._labels = dataset.labels[mine].to(device)  # (N,), or (N, K)
         self._size, self._seed, self._client = batch_size, seed, client
         self._augment, self._shuffle = augment, shuffle
 
@@ -148,22 +157,22 @@ class Batches:
         return min(self._size, self.samples - batch * self._size)
 
     def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Epoch `number` from its batch `start` on: x (B, C, H, W) float32, y (B,) int64.
+        """Epoch `number` from its batch `start` on: x (B, C, H, W) float32, y (B,) int64; or of other kinds.
 
         Any batch can be the first: none depends on those before it. number: 0 or more.
         """
         places = self._order(number).split(self._size)
         for batch in range(start, len(self)):  # none for no samples; split would give one
-            x = self._images[places[batch]]
-            if self._augment:
+            x = self._inputs[places[batch]]
+            if self._augment and _are_images(x):
                 x = crop_and_flip(x, MARGIN, self._generator(number, batch))
-            yield normalise(x), self._labels[places[batch]]
+            yield _floats(x), self._labels[places[batch]]
 
     def plain(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every batch once, x (B, C, H, W) and y (B,), in the images' order, none of them augmented."""
+        """Every batch once, x (B, ...) and y (B,) or (B, K), in their order, none of them augmented."""
         for batch in range(len(self)):
             some = slice(batch * self._size, (batch + 1) * self._size)
-            yield normalise(self._images[some]), self._labels[some]
+            yield _floats(self._inputs[some]), self._labels[some]
 
     def _order(self, number: int) -> Tensor:
         """The order of an epoch: (N,) places in the client's own part."""

@@ -1,6 +1,6 @@
 """A client, put together: joins, reads its data, trains its part, leaves."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,27 +15,31 @@ from common.live import Gauge
 from common.meter import Clock, Traffic, peak_bytes
 from common.methods import build_method
 from common.methods.base import ClientPart
+from common.nets import named
 from common.nets.cut import CutNet
-from common.nets.named import is_own, versions
+from common.nets.named import versions
+from common.own import first_words, is_function
 from common.parts import client_part
 from common.run import Run
 from common.rundir import RunFolder
 from common.tls import Credentials
 from common.wire import split_learning_pb2 as pb
 from common.wire.codec import batch_spec
-from dsl_client import data
+from dsl_client import data, sources
 from dsl_client.batches import Batches, Indices, limited, partition
 from dsl_client.connection import Connection
-from dsl_client.datasets import Pair, taken
+from dsl_client.data import Dataset
+from dsl_client.datasets import Pair
 from dsl_client.memory import Memory
 from dsl_client.spool import told_of
 from dsl_client.trainer import Scored, Step, Trainer
 
 
 class Client:
-    """`source`: where the data is, if not where the run says; or the data, (train, test). memory: what it
-    remembers of the run, if it has been a member before. model: code of this side's own that the run may
-    build its network with. alone: whether it has its process to itself; else its peak memory is not known."""
+    """`source`: where the data is, if not where the run says; or two torch Datasets, to train and to test on.
+    memory: what it remembers of the run, if it has been a member before. allow: functions of this side's own
+    (package.module:function) that the run may call. alone: whether it has its process to itself; else its
+    peak memory is not known."""
 
     def __init__(
         self,
@@ -45,11 +49,12 @@ class Client:
         source: str | Pair | None = None,
         credentials: Credentials | None = None,
         memory: Memory | None = None,
-        model: str | None = None,
+        allow: Collection[str] = (),
         alone: bool = True,
     ) -> None:
         self._memory = memory or Memory()
-        self._name, self._device, self._source, self._model = name, device, source, model
+        self._name, self._device, self._source = name, device, source
+        self._allowed = frozenset([allow] if isinstance(allow, str) else allow)
         self.traffic, self._clock = Traffic(), Clock()
         self._connection = Connection(target, self.traffic, self._clock, credentials, self._memory)
         self.index = -1
@@ -82,34 +87,37 @@ class Client:
         chance.seed(run.seed + 1 + self.index)  # for dropout
         folder = RunFolder(out, run, f"client-{self.index}", self._goes_on)
         net = self._net or self._built()
+        train, test = self._loaded(net)
         self.part = client_part(run, method, net, self._device)
         gauge = Gauge(self._device) if run.measure_memory else None
         method = gauge.around(method) if gauge else method
         for module in _forward_passes(self.part):
             self._clock.module("forward", module)
         spec = batch_spec(run, method, net)
-        train, test = self._batches()
+        mine, theirs = self._batches(train, test)
 
         def scored(score: Scored) -> None:
-            until_written(lambda: folder.add_metrics(asdict(score)), told_of(folder.path, on_choice))
+            until_written(lambda: folder.add_metrics(score.line()), told_of(folder.path, on_choice))
             on_scored(score)
 
         trainer = Trainer(run, self.index, method, self.part, self._connection, spec, self._clock, on_choice)
-        trainer.train(train, test, on_step, scored)
+        if train.names:
+            self._connection.describe(train.names)
+        trainer.train(mine, theirs, on_step, scored)
         measured = measurements(self._clock, self._device, gauge, self._alone)
         self._connection.leave(measured)
         facts = {
             "run": asdict(run),
             "run_id": self._memory.run_id,
             "client": self.index,
-            "data": self._source or run.data,
-            "classes": self._classes,
+            "data": self._source if isinstance(self._source, str) else run.data,
+            "classes": train.names,
         }
         checkpoint.save(folder.path / "checkpoint", self.part, facts)
         folder.write_summary(
             {
                 "client": self.index,
-                "samples": train.samples * run.epochs,
+                "samples": mine.samples * run.epochs,
                 "wire": self.traffic.by_kind(),
                 "seconds": dict(measured.seconds),
                 "peak_bytes": measured.peak_bytes,
@@ -137,14 +145,25 @@ class Client:
         """Ends the membership; tells the server of a failure."""
         self._connection.close(str(failure))
 
+    def _check_allowed(self) -> None:
+        """Raises ConfigError where the run is of code of this side's own that nobody here has named."""
+        run = self.run
+        asked = {"--model": run.model, "--loss": run.loss, "--metric": run.metric}
+        if self._source is None:
+            asked["--data"] = run.data
+        own = {flag: name for flag, name in asked.items() if _is_own(flag, name)}
+        every = " ".join(dict.fromkeys(own.values()))
+        for flag, name in own.items():
+            if name not in self._allowed:
+                raise ConfigError(
+                    f"the server's run is of {flag} {name}, and it is not for a server to say which code "
+                    f"runs here: if it may, start dsl-client with --allow {every}"
+                )
+
     def _built(self) -> CutNet:
         """The network that the server has built. Raises ConfigError where it cannot be had here."""
+        self._check_allowed()
         model = self.run.model
-        if is_own(model) and model != self._model:
-            raise ConfigError(
-                f"the server's run is of --model {model}, and it is not for a server to say which code runs "
-                f"here: if it may, start dsl-client with --model {model}"
-            )
         net = chance.built(self.run)
         if self._network and self._network != net.fingerprint:
             raise ConfigError(
@@ -153,15 +172,16 @@ class Client:
             )
         return net
 
-    def _batches(self) -> tuple[Batches, Batches]:
+    def _loaded(self, net: CutNet) -> tuple[Dataset, Dataset]:
+        """The data, to train and to test on. Raises ConfigError where they are not the run's."""
+        run, (dtype, shape) = self.run, net.takes
+        source = self._source or run.data
+        train, test = data.load(source, shape, run.class_count, dtype, run.numbers)
+        _check_tokens(net, train, test)
+        return limited(train, run.train_limit, run.seed), limited(test, run.test_limit, run.seed)
+
+    def _batches(self, train: Dataset, test: Dataset) -> tuple[Batches, Batches]:
         run, size = self.run, self.run.batch_size
-        source, image, classes = self._source or run.data, run.image_shape, run.class_count
-        train, test = (
-            data.load(source, image, classes) if isinstance(source, str) else taken(source, image, classes)
-        )
-        self._classes = train.names
-        train = limited(train, run.train_limit, run.seed)
-        test = limited(test, run.test_limit, run.seed)
         mine = None
         if run.partition != "own":
             mine = partition(train.labels, run.partition, run.clients, run.seed)[self.index]
@@ -185,6 +205,32 @@ class Client:
         if not shares or samples < self.run.clients:
             return None
         return np.arange(self.index, samples, self.run.clients)
+
+
+def _is_own(flag: str, name: str) -> bool:
+    """Whether it names a function of the user's own, of what the flag may be."""
+    if flag == "--model":
+        return named.is_own(name)
+    return sources.is_own(name) if flag == "--data" else is_function(name)
+
+
+def _check_tokens(net: CutNet, *sets: Dataset) -> None:
+    """Raises ConfigError where the network has no such tokens as the smallest or the largest of the data: an
+    embedding tells it only when it is asked, and a GPU not even then."""
+    for tokens in (dataset.inputs for dataset in sets if dataset.inputs.dtype == torch.int64):
+        rows = tokens.flatten(1)
+        ends = tokens[[int(rows.amin(1).argmin()), int(rows.amax(1).argmax())]]
+        net.bottom.eval()
+        try:
+            with torch.no_grad():
+                net.bottom(ends)
+        except Exception as error:  # the network's code may raise anything
+            raise ConfigError(
+                f"the network does not take whole numbers from {int(tokens.min())} to {int(tokens.max())}, "
+                f"which the data have: {type(error).__name__}: {first_words(error)}"
+            ) from error
+        finally:
+            net.bottom.train()
 
 
 def _forward_passes(part: ClientPart) -> Iterator[nn.Module]:

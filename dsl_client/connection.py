@@ -3,7 +3,7 @@
 import random
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import grpc
@@ -214,6 +214,20 @@ class Connection:
         if self._delivery:
             self._delivery.settle()
         self._got_through()
+
+    def describe(self, class_names: Sequence[str]) -> None:
+        """Tells the server what this client's classes are called. Raises RefusedError where the run's have
+        other names."""
+        while True:
+            generation = self.generation
+            try:
+                self.check_open()
+                request = pb.DescribeRequest(session=self.session, class_names=class_names)
+                with telling():
+                    self._calls[rpc.DESCRIBE](request, timeout=ANSWER_S)
+                return
+            except ClosedError as error:
+                self.come_back(error, generation)
 
     def keep(self, last: int) -> None:
         """Waits until the batches up to this number will be delivered whatever happens to this process."""

@@ -6,6 +6,7 @@ from prometheus_client.core import InfoMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from common.exporter import build, counter, gauge, of_phases, of_wire
+from common.objective import ACCURACY
 from dsl_client.watch import View
 
 
@@ -19,8 +20,9 @@ def metrics_of(view: View, program: str) -> Iterable[Metric]:
     yield gauge("dsl_run_seconds", "Seconds since it joined.", view.seconds)
     yield counter("dsl_samples_trained", "Samples that this process trained on.", view.samples)
     yield gauge("dsl_loss", "Of the last batch: the client's own or the server's.", view.loss)
-    yield gauge("dsl_test_accuracy", "Of the joined network, at the last evaluation.", view.accuracy)
-    yield gauge("dsl_test_client_only_accuracy", "Of its own head, at the last evaluation.", view.alone)
+    of = "accuracy" if view.metric == ACCURACY else "metric"  # in a run of another metric, that
+    yield gauge(f"dsl_test_{of}", f"{view.metric} of the joined network, at the last evaluation.", view.score)
+    yield gauge(f"dsl_test_client_only_{of}", f"{view.metric} of its own head.", view.alone)
     yield gauge("dsl_outbox_batches", "Batches that wait to be sent.", view.queue)
     yield of_wire(view.wire)
     yield of_phases(view.phases)

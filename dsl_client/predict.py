@@ -120,8 +120,8 @@ def _samples(options: Options, ended: "Ended[ClientPart]", device: "torch.device
     if options.images:
         return samples.of_pictures(options.images, run, size, device)
     if options.data:
-        return samples.of_source(options.data, options.split, run, size, device)
-    return samples.of_run(ended.data, run, size, device)
+        return samples.of_source(options.data, options.split, ended, size, device)
+    return samples.of_run(ended, size, device)
 
 
 def _remote(

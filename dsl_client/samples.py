@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.ended import Ended
 from common.errors import ConfigError
+from common.methods.base import ClientPart
 from common.run import Run
 from dsl_client import data
 from dsl_client.batches import Batches, limited, normalise
@@ -61,16 +63,28 @@ def of_pictures(paths: Sequence[Path], run: Run, size: int, device: torch.device
     return Samples(count, portions())
 
 
-def of_source(source: str, split: str, run: Run, size: int, device: torch.device) -> Samples:
+def of_source(source: str, split: str, ended: Ended[ClientPart], size: int, device: torch.device) -> Samples:
     """Of a data source's train or test set, all of it. Raises ConfigError."""
-    sets = data.load(source, run.image_shape, run.class_count)
-    return _of_set(sets[SPLITS.index(split)], run, size, device)
+    sets = data.load(source, *_wanted(ended))
+    return _of_set(sets[SPLITS.index(split)], ended.run, size, device)
 
 
-def of_run(source: str, run: Run, size: int, device: torch.device) -> Samples:
+def of_run(ended: Ended[ClientPart], size: int, device: torch.device) -> Samples:
     """Of the test set that the run was scored on. Raises ConfigError."""
-    _, test = data.load(source, run.image_shape, run.class_count)
+    run = ended.run
+    _, test = data.load(ended.data, *_wanted(ended))
     return _of_set(limited(test, run.test_limit, run.seed), run, size, device)
+
+
+def _wanted(ended: Ended[ClientPart]) -> tuple[tuple[int, ...], int, torch.dtype]:
+    """What the network takes, and how many classes it tells apart. Raises ConfigError where it tells none."""
+    if ended.run.numbers:
+        raise ConfigError(
+            f"{ended.folder}: that run learned numbers (--targets {ended.run.targets}); only classes are "
+            "predicted so: dsl export gives the network"
+        )
+    dtype, shape = ended.net.takes
+    return shape, ended.run.class_count, dtype
 
 
 def _of_set(dataset: data.Dataset, run: Run, size: int, device: torch.device) -> Samples:

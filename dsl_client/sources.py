@@ -24,8 +24,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import ConfigError
+from common.own import is_function
 
-SOURCES = ("cifar10", "cifar100", "fashion-mnist", "sample", "npz:FILE", "folder:DIR")
+SOURCES = (
+    "cifar10",
+    "cifar100",
+    "fashion-mnist",
+    "sample",
+    "npz:FILE",
+    "folder:DIR",
+    "package.module:function",
+)
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's dataset-fashion-mnist
 FASHION_NAMES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
@@ -34,20 +43,28 @@ FASHION_NAMES = (
 PICTURES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 SPLITS = ("train", "test")
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
-_NPZ = f"write one with numpy.savez: {', '.join(ARRAYS)} (and classes, the names)"
+INPUTS = ("train_inputs", "train_labels", "test_inputs", "test_labels")  # of data that are no images
+_NPZ = (
+    f"write one with numpy.savez: {', '.join(ARRAYS)} (and classes, the names); what is no images as "
+    "train_inputs, test_inputs"
+)
+
+
+_KINDS = {known.partition(":")[0]: known for known in SOURCES}
 
 
 @dataclass(frozen=True)
 class Raw:
-    """What a source holds, not judged yet: (N, H, W) or (N, H, W, C) images, (N,) labels."""
+    """What a source holds, not judged yet: (N, H, W) or (N, H, W, C) images, or (N, ...) inputs as a network
+    takes them; (N,) classes or (N, K) numbers as labels."""
 
     where: str
-    arrays: dict[str, NDArray[Any]]  # by the names in ARRAYS
+    arrays: dict[str, NDArray[Any]]  # by the names in ARRAYS, or INPUTS
     names: tuple[str, ...]
 
 
-def read(source: str, image: tuple[int, int, int]) -> Raw:
-    """What a source of SOURCES holds. image: the (C, H, W) that pictures are scaled to.
+def read(source: str, image: tuple[int, ...]) -> Raw:
+    """What a source of SOURCES holds, but for a function's. image: the (C, H, W) that pictures are scaled to.
 
     Raises ConfigError if it is unknown, or cannot be read.
     """
@@ -55,16 +72,25 @@ def read(source: str, image: tuple[int, int, int]) -> Raw:
         case ("npz", ":", path) if path:
             return _npz(Path(path).expanduser(), source)
         case ("folder", ":", path) if path:
-            return _folder(Path(path).expanduser(), image)
+            if len(image) != 3:
+                raise ConfigError(
+                    f"{source} has pictures, and the network takes {list(image)}; give other --data"
+                )
+            channels, height, width = image
+            return _folder(Path(path).expanduser(), (channels, height, width))
         case ("cifar10" | "cifar100" | "fashion-mnist" as name, "", ""):
             return _public(name)
         case ("sample", "", ""):
             packed = resources.files("dsl_client.sample") / "fashion-mnist.npz.xz"
             return _arrays(io.BytesIO(lzma.decompress(packed.read_bytes())), source)
-    kinds = {known.partition(":")[0]: known for known in SOURCES}
-    near = difflib.get_close_matches(source.partition(":")[0], kinds, 1)
-    hint = f"did you mean {kinds[near[0]]}? " if near else ""
+    near = difflib.get_close_matches(source.partition(":")[0], _KINDS, 1)
+    hint = f"did you mean {_KINDS[near[0]]}? " if near else ""
     raise ConfigError(f"unknown data source {source!r}; {hint}known: {', '.join(SOURCES)}")
+
+
+def is_own(source: str) -> bool:
+    """Whether it is a function of the user's own that gives the data."""
+    return is_function(source) and source.partition(":")[0] not in _KINDS
 
 
 def _npz(path: Path, where: str) -> Raw:
@@ -77,16 +103,17 @@ def _npz(path: Path, where: str) -> Raw:
 
 
 def _arrays(file: IO[bytes], where: str) -> Raw:
-    """The arrays of ARRAYS and, if it is there, `classes`: the names in label order."""
+    """The arrays of ARRAYS or INPUTS and, if it is there, `classes`: the names in label order."""
     archive = np.load(file, allow_pickle=False)
     if not isinstance(archive, np.lib.npyio.NpzFile):
         raise ConfigError(f"{where} holds one lone array; {_NPZ}")
     with archive:
-        missing = [key for key in ARRAYS if key not in archive]
+        wanted = INPUTS if any(key in archive for key in set(INPUTS) - set(ARRAYS)) else ARRAYS
+        missing = [key for key in wanted if key not in archive]
         if missing:
             raise ConfigError(f"{where} has no {missing[0]}; {_NPZ}")
         names = tuple(map(str, np.ravel(archive["classes"]))) if "classes" in archive else ()
-        return Raw(where, {key: archive[key] for key in ARRAYS}, names)
+        return Raw(where, {key: archive[key] for key in wanted}, names)
 
 
 def _folder(path: Path, image: tuple[int, int, int]) -> Raw:

@@ -35,7 +35,7 @@ def line_of(view: View) -> str:
             f"batch {view.batch}/{view.batches}",
             f"{view.samples / max(view.seconds, 1e-9):,.0f} samples/s",
             f"loss {number(view.loss)}",
-            accuracy_of(view.accuracy, view.alone),
+            score_of(view.metric, view.score, view.alone),
             bytes_of(view),
         ]
     )
@@ -45,14 +45,14 @@ def picture_of(view: View, program: str) -> Picture:
     def draw(width: int, height: int) -> Iterable[RenderableType]:
         about = f"{view.client} of {view.clients}  {view.method} on {view.model} cut at {view.place}"
         yield heading(program, about, view.done, _stage(view), width)
-        yield totals([f"{view.samples:,} samples", accuracy_of(view.accuracy, view.alone)], width)
+        yield totals([f"{view.samples:,} samples", score_of(view.metric, view.score, view.alone)], width)
         yield table(_COLUMNS, [_row(view)], width, left=1)
 
     return Picture(draw)
 
 
-def accuracy_of(accuracy: float | None, alone: float | None) -> str:
-    text = f"accuracy {number(accuracy)}"
+def score_of(metric: str, score: float | None, alone: float | None) -> str:
+    text = f"{metric} {number(score)}"
     return text if alone is None else f"{text} (alone {alone:.3f})"
 
 

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from common.errors import ClosedError, RefusedError, StepError, WireError
 from common.meter import Clock
@@ -22,6 +22,7 @@ from common.methods.base import (
     is_waypoint,
     run_step,
 )
+from common.objective import ACCURACY, Loss, Metric, metric_of
 from common.optim import learning_rate, progress_of, set_learning_rate
 from common.parts import averaged_state, copied, head_state, load_state, specs, state_of
 from common.run import Run
@@ -47,11 +48,23 @@ class Step:
 
 @dataclass(frozen=True)
 class Scored:
-    """An evaluation. `alone`: the accuracy of the client's own head, where it has one."""
+    """An evaluation: the run's metric of the joined network. alone: that of its own head, if there is one."""
 
     epoch: int
-    accuracy: float
+    value: float
     alone: float | None
+    metric: str = ACCURACY
+
+    @property
+    def accuracy(self) -> float | None:
+        """None where the metric is another."""
+        return self.value if self.metric == ACCURACY else None
+
+    def line(self) -> dict[str, Any]:
+        """As metrics.jsonl has it."""
+        if self.metric == ACCURACY:
+            return {"epoch": self.epoch, "accuracy": self.value, "alone": self.alone}
+        return {"epoch": self.epoch, "metric": self.metric, "value": self.value, "alone": self.alone}
 
 
 class Trainer:
@@ -76,6 +89,7 @@ class Trainer:
         self.pace = pace_of(run, method, weights, connection.flow, on_choice)
         self._run, self._client, self._method, self._part = run, client, method, part
         self._connection, self._spec, self._clock = connection, spec, clock
+        self._metric = metric_of(run)
         self.sequence = 0  # of the last batch that was sent, or will be
         self._epochs = self._batch = 0  # that were trained, and batches of the next epoch
         self._total: Tensor | None = None  # the client's own loss, summed over them
@@ -259,8 +273,8 @@ class Trainer:
 
     def _evaluate(self, epoch: int, test: Batches, loss: Tensor | None) -> Scored:
         examination = self._connection.evaluation(epoch, self.sequence, self._spec, self._run.outbox)
-        joined, alone = _Tally(), _Tally()
         part = self._part
+        joined, alone = _Tally(part.loss, self._metric), _Tally(part.loss, self._metric)
         with _evaluating(part), torch.no_grad():
             for x, y in test.epoch(0):
                 z = part.bottom(x)
@@ -273,13 +287,13 @@ class Trainer:
                 if part.head is not None:
                     alone.add(part.head(z), y)
         closing = pb.ClientScore(
-            head_correct=None if part.head is None else alone.correct,
+            head_metric=None if part.head is None else alone.metric,
             train_loss=None if loss is None else float(loss),
             score=joined.score() if joined.samples else None,
         )
         score = examination.finish(closing if closing.ByteSize() else None)
-        mine = None if part.head is None else alone.correct / test.samples
-        return Scored(epoch, score.correct / max(1, score.samples), mine)
+        mine = None if part.head is None else alone.metric / test.samples
+        return Scored(epoch, score.metric / max(1, score.samples), mine, self._run.metric)
 
     def _tail(self, u: Tensor) -> Tensor:
         assert self._part.tail is not None, "the client has the last layers"
@@ -334,25 +348,26 @@ def _evaluating(part: ClientPart) -> Iterator[None]:
 
 
 class _Tally:
-    """Counts of logits that were right, and their loss: on the device until they are read."""
+    """A metric and a loss of outputs, summed: on the device until they are read."""
 
-    def __init__(self) -> None:
+    def __init__(self, loss: Loss, metric: Metric) -> None:
+        self._loss_of, self._metric_of = loss, metric
         self.samples = 0
-        self._correct: Tensor | int = 0
+        self._metric: Tensor | float = 0.0
         self._loss: Tensor | float = 0.0
 
-    def add(self, logits: Tensor, y: Tensor) -> None:
+    def add(self, outputs: Tensor, y: Tensor) -> None:
         self.samples += len(y)
-        self._correct = self._correct + (logits.argmax(1) == y).sum()
-        self._loss = self._loss + F.cross_entropy(logits, y, reduction="sum")
+        self._metric = self._metric + self._metric_of(outputs, y).double().sum()
+        self._loss = self._loss + len(y) * self._loss_of(outputs, y)
 
     @property
-    def correct(self) -> int:
-        return int(self._correct)
+    def metric(self) -> float:
+        return float(self._metric)
 
     def score(self) -> pb.Score:
         return pb.Score(
-            samples=self.samples, correct=self.correct, loss=float(self._loss) / max(1, self.samples)
+            samples=self.samples, metric=self.metric, loss=float(self._loss) / max(1, self.samples)
         )
 
 

@@ -39,7 +39,8 @@ class View:
     samples: int  # that this process has trained on
     rate: float  # of these a second, over the last seconds
     loss: float | None  # of the last batch: the client's own or the server's
-    accuracy: float | None  # of the last evaluation
+    metric: str  # accuracy, or another
+    score: float | None  # of the last evaluation, by that metric
     alone: float | None  # of the client's own head
     queue: int  # batches that wait in the outbox
     outbox: int  # that it takes
@@ -95,7 +96,8 @@ class Watch:
             samples=self._samples,
             rate=self._rate.per_second(),
             loss=None if step is None or step.loss is None else float(step.loss),
-            accuracy=scored.accuracy if scored else None,
+            metric=run.metric.rpartition(":")[2],
+            score=scored.value if scored else None,
             alone=scored.alone if scored else None,
             queue=self._client.waiting,
             outbox=run.outbox,

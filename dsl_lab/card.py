@@ -40,14 +40,14 @@ def text(run: FinishedRun, facts: Facts) -> str:
     return "\n".join(sections)
 
 
-def accuracy(run: FinishedRun, facts: Facts) -> float | None:
-    """Of what is exported, on the run's test set."""
-    return run.summary.test.client_only_accuracy if facts.alone else run.summary.test.accuracy
+def scored(run: FinishedRun, facts: Facts) -> float | None:
+    """What is exported, by the run's metric on its test set."""
+    return run.summary.test.client_only if facts.alone else run.summary.test.joined
 
 
 def _front(run: FinishedRun, facts: Facts) -> str:
-    score = accuracy(run, facts)
-    metrics = [{"type": "accuracy", "value": round(score, 4)}] if score is not None else []
+    score = scored(run, facts)
+    metrics = [{"type": run.summary.test.name, "value": round(score, 4)}] if score is not None else []
     result = {
         "task": {"type": "image-classification" if facts.images else "classification"},
         "dataset": {"name": run.fact("data"), "type": run.fact("data")},
@@ -123,6 +123,8 @@ training. Out come logits; softmax makes them probabilities.
 
 
 def _classes(facts: Facts) -> str:
+    if facts.client.run.numbers:
+        return f"## Outputs\n\n{facts.client.run.numbers} numbers a sample.\n"
     count = facts.client.run.class_count
     names = [*facts.client.names, *map(str, range(len(facts.client.names), count))]
     rows = "\n".join(f"| {index} | {_cell(name)} |" for index, name in enumerate(names))
@@ -151,19 +153,25 @@ def _training(run: FinishedRun, facts: Facts) -> str:
 
 
 def _measured(run: FinishedRun, facts: Facts) -> str:
-    score, summary = accuracy(run, facts), run.summary
+    score, summary = scored(run, facts), run.summary
     settings = facts.client.run
     whose = ""
     if settings.clients > 1 and settings.sync == "none":
         whose = " (the mean of all clients, each with its own part)"
     rows = {
-        "test accuracy" + whose: "not scored" if score is None else f"{score:.2%}",
+        f"test {summary.test.name}{whose}": _score(score, summary.test.name),
         "bytes that all clients sent in training": f"{run.serialized_up:,}",
         "bytes that they got": f"{run.serialized_down:,}",
         "seconds": f"{summary.seconds.wall:,.1f}",
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"## Measured\n\nOn the run's own test data, by the split system.\n\n| | |\n|---|---|\n{table}\n"
+
+
+def _score(score: float | None, metric: str) -> str:
+    if score is None:
+        return "not scored"
+    return f"{score:.2%}" if metric == "accuracy" else f"{score:.4f}"
 
 
 def _limits(run: FinishedRun) -> str:

@@ -74,7 +74,8 @@ def _program(whole: "Joined", example: "Tensor") -> "ExportedProgram":
     """For batches of any size. A program is not taken on trust: it must give what the parts give."""
     import torch
 
-    from common.nets.export import first_words, quiet
+    from common.nets.export import quiet
+    from common.own import first_words
 
     try:
         with quiet():
@@ -94,7 +95,8 @@ def _program(whole: "Joined", example: "Tensor") -> "ExportedProgram":
 def _write_program(program: "ExportedProgram", images: bool, formats: Sequence[Format], out: Path) -> None:
     import torch
 
-    from common.nets.export import first_words, quiet
+    from common.nets.export import quiet
+    from common.own import first_words
 
     if "pt2" in formats:
         torch.export.save(program, out / "model.pt2")

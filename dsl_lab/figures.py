@@ -18,7 +18,7 @@ from dsl_lab.panels import Look, Plot
 from dsl_lab.reference import Reference, reference
 from dsl_lab.runs import Down, FinishedRun, Runs, Up
 from dsl_lab.series import Group, Series, Stat, grouped, labels
-from dsl_lab.table import mebibytes, megabytes, percent
+from dsl_lab.table import mebibytes, megabytes, percent, plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,12 +52,14 @@ class Drawing:
     caption: str
     draw: "Callable[[Figure, Group], str]"
     """Draws the series; returns what the figure shows, in words."""
+    scored: bool = False
+    """It shows scores, which can be compared only where all are of one metric."""
 
 
 def write(runs: Runs, folder: Path) -> list[Path]:
     """All figures as PNG files. Raises ConfigError when there is no run or no file can be written."""
     group = grouped(runs)
-    images = {folder / f"{drawing.name}.png": render(drawing, group, "png")[0] for drawing in DRAWINGS}
+    images = {folder / f"{drawing.name}.png": render(drawing, group, "png")[0] for drawing in suiting(group)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path, image in images.items():
@@ -65,6 +67,12 @@ def write(runs: Runs, folder: Path) -> list[Path]:
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written: {error.strerror}; name another") from error
     return list(images)
+
+
+def suiting(group: Group) -> list[Drawing]:
+    """The figures that can be drawn of these."""
+    comparable = len({series.first.summary.test.name for series in group}) == 1
+    return [drawing for drawing in DRAWINGS if comparable or not drawing.scored]
 
 
 def render(drawing: Drawing, group: Group, form: Literal["png", "svg"]) -> tuple[bytes, str]:
@@ -82,23 +90,24 @@ def render(drawing: Drawing, group: Group, form: Literal["png", "svg"]) -> tuple
 
 
 def _accuracy(figure: "Figure", group: Group) -> str:
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import MaxNLocator
 
-    plots = panels.line_plots(figure, group, "Test accuracy by epoch", "epoch", "test accuracy")
+    what = f"test {_metric(group)}"
+    plots = panels.line_plots(figure, group, f"{what.capitalize()} by epoch", "epoch", what)
     for plot in plots:
         plot.axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
-        plot.axes.yaxis.set_major_formatter(PercentFormatter(1))
+        _percents(plot, group)
         for look in plot.looks:
             _curves(plot, look)
     panels.legend(figure, plots)
-    return "Lines, test accuracy by epoch. At the end: " + _listed(
+    return f"Lines, {what} by epoch. At the end: " + _listed(
         end for series, name in _named(group) for end in _ends(series, name)
     )
 
 
 def _curves(plot: Plot, look: Look) -> None:
-    joined = look.series.by_epoch(lambda line: line.test.accuracy)
-    alone = look.series.by_epoch(lambda line: line.test.client_only_accuracy)
+    joined = look.series.by_epoch(lambda line: line.test.joined)
+    alone = look.series.by_epoch(lambda line: line.test.client_only)
     panels.curve(plot, look, list(joined), list(joined.values()), "-", look.name)
     if alone:
         panels.curve(plot, look, list(alone), list(alone.values()), "--", f"{look.name}, client alone")
@@ -108,10 +117,28 @@ def _curves(plot: Plot, look: Look) -> None:
 
 
 def _ends(series: Series, name: str) -> list[str]:
-    alone = series.by_epoch(lambda line: line.test.client_only_accuracy)
-    joined = series.by_epoch(lambda line: line.test.accuracy)
+    alone = series.by_epoch(lambda line: line.test.client_only)
+    joined = series.by_epoch(lambda line: line.test.joined)
     ends = {name: joined, f"{name}, client alone": alone}
-    return [f"{what} {percent(points[max(points)].mean)}" for what, points in ends.items() if points]
+    text = _text(series)
+    return [f"{what} {text(points[max(points)].mean)}" for what, points in ends.items() if points]
+
+
+def _metric(group: Group) -> str:
+    """That all of these are scored by."""
+    return group[0].first.summary.test.name
+
+
+def _text(series: Series) -> Callable[[float | None], str]:
+    """How a score of it is written."""
+    return percent if series.first.summary.test.metric is None else plain
+
+
+def _percents(plot: Plot, group: Group) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    if _metric(group) == "accuracy":
+        plot.axes.yaxis.set_major_formatter(PercentFormatter(1))
 
 
 def _traffic(figure: "Figure", group: Group) -> str:
@@ -193,22 +220,21 @@ def _time(figure: "Figure", group: Group) -> str:
 
 
 def _cost(figure: "Figure", group: Group) -> str:
-    from matplotlib.ticker import PercentFormatter
-
     unit, size = _unit(max(_moved(series)[-1] for series in group))
-    title = "Test accuracy against traffic"
-    plots = panels.line_plots(figure, group, title, f"moved so far, {unit}", "test accuracy")
+    what = f"test {_metric(group)}"
+    title = f"{what.capitalize()} against traffic"
+    plots = panels.line_plots(figure, group, title, f"moved so far, {unit}", what)
     for plot in plots:
-        plot.axes.yaxis.set_major_formatter(PercentFormatter(1))
+        _percents(plot, group)
         plot.axes.xaxis.set_major_formatter("{x:,g}")
         for look in plot.looks:
             moved = [count / size for count in _moved(look.series)]
-            scores = look.series.by_epoch(lambda line: line.test.accuracy)
+            scores = look.series.by_epoch(lambda line: line.test.joined)
             panels.curve(plot, look, moved, list(scores.values()), "-", look.name)
         plot.axes.set_xlim(left=0)
     panels.legend(figure, plots)
-    return "Lines, test accuracy of the joined network against traffic: " + _listed(
-        f"{name} {percent(_last(series))} after {megabytes(_moved(series)[-1])} MB"
+    return f"Lines, {what} of the joined network against traffic: " + _listed(
+        f"{name} {_text(series)(_last(series))} after {megabytes(_moved(series)[-1])} MB"
         for series, name in _named(group)
     )
 
@@ -220,6 +246,7 @@ DRAWINGS = (
         "Dashed: the client alone with its auxiliary head, which conventional split learning "
         "does not have.",
         _accuracy,
+        scored=True,
     ),
     Drawing(
         "traffic",
@@ -247,6 +274,7 @@ DRAWINGS = (
         "Test accuracy of the joined network against all that had crossed the wire by then. "
         "Further left is cheaper, higher is better.",
         _cost,
+        scored=True,
     ),
 )
 
@@ -321,7 +349,7 @@ def _unit(most: float) -> tuple[str, float]:
 
 
 def _last(series: Series) -> float:
-    scores = series.by_epoch(lambda line: line.test.accuracy)
+    scores = series.by_epoch(lambda line: line.test.joined)
     return scores[max(scores)].mean
 
 

@@ -23,7 +23,7 @@ class Joined(nn.Module):
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, ...) -> logits (B, classes)."""
+        """(B, ...) -> outputs (B, classes), or (B, K) of float:K."""
         if self.images:
             x = (x - MEAN) / STD
         for part in self.parts.values():
@@ -70,4 +70,4 @@ def _takes_images(run: Run) -> bool:
 @functools.lru_cache(maxsize=1)
 def _network(run: Run) -> nn.Module:
     """Of whose weights nothing is used."""
-    return build_named(run.model, run.class_count, run.image_shape[0], run.seed)
+    return build_named(run.model, run.outputs, run.image_shape[0], run.seed)

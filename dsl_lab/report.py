@@ -76,7 +76,7 @@ def _page(runs: Runs, commands: Sequence[str]) -> str:
 {_table(group)}
 <p class="note">{escape(table.notes(group))}</p>
 <h2>Figures</h2>
-{"".join(_figure(drawing, group) for drawing in figures.DRAWINGS)}
+{"".join(_figure(drawing, group) for drawing in figures.suiting(group))}
 <h2>How it was made</h2>
 {_origin(runs)}
 {_commands(runs, commands)}

@@ -20,6 +20,7 @@ _WORDS = {
     "cut": "cut after {value}",
     "epochs": "{value} epoch{s}",
     "head": "{value} head",
+    "metric": "scored by {value}",
     "partition": "{value} shares",
     "recipe": "{value} recipe",
     "seed": "seed {value}",
@@ -33,10 +34,35 @@ _REMEDY = "give the server's folder of a run that has ended"
 
 
 @dataclass(frozen=True)
+class Metric:
+    """Of a run that is not scored by accuracy."""
+
+    name: str
+    joined: float
+    client_only: float | None
+
+
+@dataclass(frozen=True)
 class Score:
-    accuracy: float
+    accuracy: float | None
+    """None where the run's metric is another."""
     client_only_accuracy: float | None
     """Of the client with its own head; None where the method has no such head."""
+    metric: Metric | None
+
+    @property
+    def name(self) -> str:
+        """Of the metric, the last part: accuracy, or another."""
+        return self.metric.name.rpartition(":")[2] if self.metric else "accuracy"
+
+    @property
+    def joined(self) -> float | None:
+        """By whichever metric."""
+        return self.metric.joined if self.metric else self.accuracy
+
+    @property
+    def client_only(self) -> float | None:
+        return self.metric.client_only if self.metric else self.client_only_accuracy
 
 
 @dataclass(frozen=True)
@@ -222,6 +248,15 @@ class FinishedRun:
     def held(self) -> int | None:
         """Most bytes of tensors that a client kept while it waited for an answer."""
         return self.summary.memory.held if self.summary.memory else None
+
+    @property
+    def metric(self) -> float | None:
+        """Of the joined network, where it is not accuracy."""
+        return self.summary.test.metric.joined if self.summary.test.metric else None
+
+    @property
+    def client_metric(self) -> float | None:
+        return self.summary.test.metric.client_only if self.summary.test.metric else None
 
     @property
     def title(self) -> str:

@@ -19,6 +19,7 @@ from common.errors import ConfigError
 from common.rundir import Held
 from dsl_lab.launch import Experiment, LaunchError, launch
 from dsl_lab.runs import FinishedRun, read
+from dsl_lab.table import percent
 
 
 def sweep(experiments: Sequence[Experiment], folder: Path, console: Console) -> None:
@@ -144,7 +145,7 @@ def _run(experiment: Experiment, line: _Line) -> bool:
 
 def _result(run: FinishedRun) -> str:
     up, down = run.payload_up / 1e6, run.payload_down / 1e6
-    return f"accuracy {run.summary.test.accuracy:.2%}, {up:,.0f} MB up, {down:,.0f} MB down"
+    return f"accuracy {percent(run.summary.test.accuracy)}, {up:,.0f} MB up, {down:,.0f} MB down"
 
 
 def _epochs(experiment: Experiment) -> tuple[int, int]:

@@ -48,6 +48,10 @@ def percent(fraction: float | None) -> str:
     return "–" if fraction is None else f"{fraction:.2%}"
 
 
+def plain(number: float | None) -> str:
+    return "–" if number is None else f"{number:.4g}"
+
+
 def megabytes(count: float | None) -> str:
     """In MB; `0` is none at all, `<0.01` is a little, `n/a` was not counted."""
     if not count:
@@ -67,6 +71,8 @@ COLUMNS = (
     Column("test accuracy", "joined", lambda run: run.summary.test.accuracy, percent),
     Column("test accuracy", "client alone", lambda run: run.summary.test.client_only_accuracy, percent),
     Column("test accuracy", "authors", lambda run: reference(run).accuracy, percent, rare=True),
+    Column("test metric", "joined", lambda run: run.metric, plain, rare=True),
+    Column("test metric", "client alone", lambda run: run.client_metric, plain, rare=True),
     Column("payload, MB", "up", lambda run: run.payload_up, megabytes),
     Column("payload, MB", "down", lambda run: run.payload_down, megabytes),
     Column("payload, MB", "paper up", lambda run: reference(run).up, megabytes, rare=True),
@@ -124,7 +130,8 @@ def markdown(runs: Runs) -> str:
 
 def comma_separated(runs: Runs) -> str:
     """CSV: a line for each run with its settings, then what it counted, in bytes, seconds and fractions."""
-    lines = [_facts(run) for run in runs]
+    others = any(run.metric is not None for run in runs)
+    lines = [_facts(run, others) for run in runs]
     file = io.StringIO()
     writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
     writer.writeheader()
@@ -166,14 +173,15 @@ def _cell(series: Series, column: Column) -> str:
     return column.text(stat.mean) + (f" ± {column.text(stat.spread)}" if stat.spread else "")
 
 
-def _facts(run: FinishedRun) -> dict[str, object]:
-    """A run's line of CSV. What it has not is empty."""
+def _facts(run: FinishedRun, others: bool) -> dict[str, object]:
+    """A run's line of CSV. What it has not is empty. others: there are metrics beside accuracy."""
     summary, beside = run.summary, asdict(reference(run))
     return {
         "run": run.title,
         **{key: run.fact(key) if key == "data" else run.about.run.get(key) for key in (*_SETTINGS, *_COUNTS)},
         "accuracy": summary.test.accuracy,
         "client_only_accuracy": summary.test.client_only_accuracy,
+        **({"metric": run.metric, "client_only_metric": run.client_metric} if others else {}),
         "payload_up_bytes": run.payload_up,
         "payload_down_bytes": run.payload_down,
         "messages_up_bytes": run.serialized_up,

@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -212,13 +212,20 @@ def _address(options: Options) -> tuple[str, str]:
 
 
 def _result(summary: dict[str, Any], folder: Path, lost: Sequence[object]) -> str:
-    accuracy = summary["test"]["accuracy"]
-    scored = f"accuracy {accuracy:.4f}" if accuracy is not None else "not scored"
+    scored = _scored(summary["test"], 4) or "not scored"
     without = f" without {', '.join(map(str, lost))}" if lost else ""
     return (
         f"finished{without}: {summary['samples_trained']:,} samples in {summary['seconds']['wall']:.1f} s, "
         f"{scored}; everything in {folder}"
     )
+
+
+def _scored(test: Mapping[str, Any], digits: int) -> str:
+    """The run's metric, by the last part of its name; nothing where none is known yet."""
+    metric = test.get("metric") or {"name": "accuracy", "joined": test["accuracy"]}
+    if metric["joined"] is None:
+        return ""
+    return f"{metric['name'].rpartition(':')[2]} {metric['joined']:.{digits}f}"
 
 
 def _value_of(flag: str, arguments: list[str]) -> str | None:

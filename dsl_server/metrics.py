@@ -29,6 +29,11 @@ def metrics_of(view: View, program: str) -> Iterable[Metric]:
     yield gauge("dsl_test_loss", "Of the joined network, at the last evaluation.", view.test["loss"])
     alone = view.test["client_only_accuracy"]
     yield gauge("dsl_test_client_only_accuracy", "Of the clients' own heads, at the last evaluation.", alone)
+    if other := view.test.get("metric"):
+        of_it = [(("joined",), other["joined"]), (("client_only",), other["client_only"])]
+        known = [(labels, value) for labels, value in of_it if value is not None]
+        about = f"The run's metric ({other['name']}), at the last evaluation."
+        yield gauges("dsl_test_metric", about, ("of",), known)
     yield of_wire(view.wire)
     if view.socket is not None:
         socket = [((direction,), n) for direction, n in view.socket.items()]

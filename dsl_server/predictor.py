@@ -31,7 +31,7 @@ from common.errors import (
 )
 from common.meter import Traffic
 from common.methods.base import ServerPart
-from common.nets.export import first_words
+from common.own import first_words
 from common.prediction import Exchange, exchange
 from common.tls import Credentials, Guard
 from common.wire import codec

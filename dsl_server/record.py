@@ -12,6 +12,7 @@ from google.protobuf.json_format import MessageToDict, ParseDict
 from common.live import Gauge
 from common.meter import Clock, Traffic, peak_bytes
 from common.nets.heads import Shape
+from common.objective import ACCURACY
 from common.run import Run
 from common.rundir import RunFolder
 from common.wire import split_learning_pb2 as pb
@@ -24,12 +25,13 @@ _INSTANTS = ("peak", "held")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One client's: how many of its test images the joined network, and its own head, got right."""
+    """One client's: the run's metric of the joined network, and of its own head, summed over its test samples
+    (of accuracy: how many they got right)."""
 
     samples: int
-    correct: int
+    metric: float
     loss: float  # mean
-    head_correct: int | None = None
+    head_metric: float | None = None
     client_loss: float | None = None
 
 
@@ -64,7 +66,7 @@ class Record:
         self.samples_trained = self.samples_replayed = self.steps_skipped = 0
         self.epoch = 0  # the latest that a client has begun, from 0
         self.loss = float("nan")  # a running mean, for who watches
-        self.test: dict[str, float | None] = {"accuracy": None, "loss": None, "client_only_accuracy": None}
+        self.test: dict[str, Any] = {"accuracy": None, "loss": None, "client_only_accuracy": None}
 
     @property
     def seconds(self) -> float:
@@ -221,7 +223,7 @@ class Record:
         return all(client in evaluations or client in self._lost for client in range(self._run.clients))
 
     def _write_line(self, epoch: int, evaluations: list[Evaluation]) -> None:
-        self.test = _joined(evaluations)
+        self.test = _joined(evaluations, self._run.metric)
         losses = [e.client_loss for e in evaluations if e.client_loss is not None]
         line = {
             "epoch": epoch + 1,
@@ -247,12 +249,14 @@ def _means(facts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: sum(noted[name] for noted in facts) / len(facts) for name in names}
 
 
-def _joined(evaluations: list[Evaluation]) -> dict[str, float | None]:
+def _joined(evaluations: list[Evaluation], metric: str) -> dict[str, Any]:
     """Over all the images scored: shares of one test set, or each client's own of it."""
     samples = sum(e.samples for e in evaluations)
-    heads = [e.head_correct for e in evaluations if e.head_correct is not None]
-    return {
-        "accuracy": sum(e.correct for e in evaluations) / samples,
-        "loss": sum(e.loss * e.samples for e in evaluations) / samples,
-        "client_only_accuracy": sum(heads) / samples if heads else None,
-    }
+    heads = [e.head_metric for e in evaluations if e.head_metric is not None]
+    joined = sum(e.metric for e in evaluations) / samples
+    alone = sum(heads) / samples if heads else None
+    loss = sum(e.loss * e.samples for e in evaluations) / samples
+    if metric == ACCURACY:
+        return {"accuracy": joined, "loss": loss, "client_only_accuracy": alone}
+    told = {"name": metric, "joined": joined, "client_only": alone}
+    return {"accuracy": None, "loss": loss, "client_only_accuracy": None, "metric": told}

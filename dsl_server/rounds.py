@@ -58,6 +58,8 @@ class Rounds:
         self._saved = {account.client for account in self.ledger.accounts}  # whose place a checkpoint has
         self._parts: dict[int, tuple[State, int]] = {}  # of the average being made: client to part
         self._average: State = {}
+        self._class_names: tuple[str, ...] = ()  # in label order, once a client has told them
+        self._named_by = ""
         self._averages_made = 0
         self._turn = 0  # counts turns over the whole run
         self._meeting = set[int]()  # clients that wait here for others
@@ -133,6 +135,20 @@ class Rounds:
         with self._changed:
             if self._finished():
                 self._changed.wait_for(lambda: all(a.heard for a in self.ledger.accounts), timeout)
+
+    def agree(self, member: Member, class_names: Sequence[str]) -> None:
+        """Of whoever tells them first the classes' names are the run's. Raises RefusedError where others are
+        told: one label would mean two things."""
+        with self._changed:
+            if not self._class_names:
+                self._class_names = tuple(class_names)
+                self._named_by = str(member)
+            if tuple(class_names) != self._class_names:
+                ours, theirs = _listed(self._class_names), _listed(class_names)
+                raise RefusedError(
+                    f"the classes of {member} are {theirs}, and those of the run {ours}, as {self._named_by} "
+                    "has them: give every client a folder of the same name for each class, also an empty one"
+                )
 
     def away(self, member: Member) -> bool:
         """The member's connection has gone; whether that is news, and it may come back by another."""
@@ -341,6 +357,7 @@ class Rounds:
                 "ledger": self.ledger.snapshot(),
                 "averages_made": self._averages_made,
                 "turn": self._turn,
+                "class_names": [list(self._class_names), self._named_by],
             }
             return tensors, facts
 
@@ -351,6 +368,8 @@ class Rounds:
             for state in (found_under("average", tensors), found_under("relayed", tensors))
         )
         self._averages_made, self._turn = facts["averages_made"], facts["turn"]
+        names, self._named_by = facts["class_names"]
+        self._class_names = tuple(names)
 
     def _expect_at_most(self, member: Member, sequence: int) -> None:
         due = member.account.received.sequence + 1
@@ -417,3 +436,9 @@ class Rounds:
     def _check_open(self, member: Member | None = None) -> None:
         if reason := self._over(member):
             raise reason
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first few, each cut short: they came from outside."""
+    few = ", ".join(repr(name[:40]) for name in names[:8])
+    return few + (f" and {len(names) - 8} more" if len(names) > 8 else "")

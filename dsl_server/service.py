@@ -29,6 +29,7 @@ from common.errors import (
 from common.meter import Traffic
 from common.methods.base import Method, Tail
 from common.methods.hosting import Hosting
+from common.objective import ACCURACY
 from common.parts import Spec, State, head_state
 from common.run import Run
 from common.tls import Guard
@@ -274,7 +275,7 @@ class Service:
         score = _score(samples, scores) if self._method.tail is Tail.NONE else closing.score
         if self._method.tail is Tail.LAST and score.samples != samples:
             raise WireError(f"a score of {score.samples} images: {samples} were sent")
-        evaluation = _evaluation(score, closing)
+        evaluation = _evaluation(score, closing, counts=self._run.metric == ACCURACY)
         try:
             self._record.evaluated(member.client, opening.epoch, evaluation)
         except OSError as error:
@@ -283,6 +284,15 @@ class Service:
             raise reason from error
         self._saver.commit()
         yield Piece(pb.EvaluateResponse(score=score))
+
+    def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeResponse:
+        member = self._member(request.session, context)
+        if len(request.class_names) > self._run.class_count:
+            raise WireError(
+                f"names of {len(request.class_names)} classes: the run has {self._run.class_count}"
+            )
+        self._rounds.agree(member, request.class_names)
+        return pb.DescribeResponse()
 
     def Leave(self, request: pb.LeaveRequest, context: Context) -> pb.LeaveResponse:
         member = self._member(request.session, context)
@@ -453,26 +463,27 @@ def opening_of(requests: Pieces, field: str) -> Any:
 
 
 def _score(samples: int, scores: Sequence[Future[Any]]) -> pb.Score:
-    """Of batches that the server scored: each its count of those right, and its loss summed."""
-    counts = [score.result() for score in scores]
-    correct, loss = sum(right for right, _ in counts), sum(loss for _, loss in counts)
-    return pb.Score(samples=samples, correct=correct, loss=loss / max(1, samples))
+    """Of batches that the server scored: each its metric and its loss, both summed."""
+    sums = [score.result() for score in scores]
+    metric, loss = sum(value for value, _ in sums), sum(loss for _, loss in sums)
+    return pb.Score(samples=samples, metric=metric, loss=loss / max(1, samples))
 
 
-def _evaluation(score: pb.Score, closing: pb.ClientScore) -> Evaluation:
-    """Raises WireError where the numbers cannot be."""
+def _evaluation(score: pb.Score, closing: pb.ClientScore, counts: bool) -> Evaluation:
+    """counts: the metric is one of what was right. Raises WireError where the numbers cannot be."""
     if not score.samples:
         raise WireError("an evaluation of no images")
-    finite = math.isfinite(closing.train_loss) and math.isfinite(score.loss)
-    if max(closing.head_correct, score.correct) > score.samples or not finite:
+    sums = (score.metric, closing.head_metric)
+    finite = all(map(math.isfinite, (*sums, closing.train_loss, score.loss)))
+    if not finite or (counts and not 0 <= min(sums) <= max(sums) <= score.samples):
         raise WireError(
-            f"{max(closing.head_correct, score.correct)} of {score.samples} images right, loss "
+            f"metrics of {score.metric:g} and {closing.head_metric:g} over {score.samples} samples, loss "
             f"{score.loss}, training loss {closing.train_loss}"
         )
     return Evaluation(
         score.samples,
-        score.correct,
+        score.metric,
         score.loss,
-        closing.head_correct if closing.HasField("head_correct") else None,
+        closing.head_metric if closing.HasField("head_metric") else None,
         closing.train_loss if closing.HasField("train_loss") else None,
     )

@@ -70,13 +70,14 @@ def those_that_matter(clients: Sequence[ClientView], most: int) -> list[ClientVi
 
 
 def _totals(view: View, rate: float) -> list[str]:
-    accuracy = view.test["accuracy"]
+    other = view.test.get("metric")
+    score = other["joined"] if other else view.test["accuracy"]
     up, down = (sum(view.wire[direction].values()) for direction in ("up", "down"))
     return [
         f"{view.samples:,} samples",
         f"{rate:,.0f}/s",
         f"loss {number(view.loss)}",
-        f"accuracy {number(accuracy)}",
+        f"{view.metric} {number(score)}",
         f"up {megabytes(up)}",
         f"down {megabytes(down)}",
     ]

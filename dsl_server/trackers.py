@@ -164,7 +164,7 @@ def _numbers(values: Mapping[str, Any], above: str) -> Iterator[tuple[str, float
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from _numbers(value, f"{above}{name}/")
-        elif value is not None and math.isfinite(value):
+        elif isinstance(value, int | float) and math.isfinite(value):  # a metric has a name, too
             yield f"{above}{name}", value
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from common.meter import Traffic
 from common.methods.base import Method
+from common.objective import ACCURACY
 from common.run import Run
 from dsl_server.inbox import Inbox
 from dsl_server.kernel import Sockets
@@ -65,7 +66,7 @@ class View:
     samples: int  # trained on
     rate: float  # of these a second, over the last seconds
     loss: float | None  # a running mean
-    test: Mapping[str, float | None]  # accuracy, loss, client_only_accuracy: of the last evaluation
+    test: Mapping[str, Any]  # of the last evaluation, as in metrics.jsonl
     wire: Mapping[str, Mapping[str, int]]  # {"up" | "down": {kind: serialized bytes}}
     socket: Mapping[str, int] | None  # {"up" | "down": bytes}, as the kernel counts; None where it is mute
     finished: bool  # all clients have trained to the end
@@ -76,6 +77,7 @@ class View:
     replayed: int = 0  # samples learned from once more
     skipped: int = 0  # steps left out, since they came to what is not finite
     saved_s: float | None = None  # since a checkpoint was last on disk; None where there is none
+    metric: str = ACCURACY  # what is scored: accuracy, or another
 
     @property
     def here(self) -> int:
@@ -134,6 +136,7 @@ class Watch:
             rate=sum(client.rate for client in clients),
             loss=_finite(record.loss),
             test=dict(record.test),
+            metric=run.metric.rpartition(":")[2],
             wire=self._traffic.by_kind(),
             socket=self._sockets.counts(),
             finished=finished,

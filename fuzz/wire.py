@@ -134,6 +134,15 @@ def _readers() -> Iterator[Reader]:
         lambda first, rest: codec.unpack_weights(first, rest, specs(STATE)),
         partial(codec.pack_weights, pb.SyncWeightsRequest, head, STATE),
     )
+    learned = BatchSpec(CUT, 4, CLASSES, numbers=3)
+    yield _pieces(
+        "batch-numbers",
+        pb.TrainRequest,
+        lambda first, rest: codec.unpack_batch(first, rest, learned),
+        lambda: codec.pack_batch(
+            pb.TrainRequest, 5, Smashed(_tensor((SAMPLES, *CUT)), _tensor((SAMPLES, 3))), learned, 1
+        ),
+    )
 
 
 def _unpack_gradient(

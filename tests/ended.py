@@ -49,7 +49,7 @@ class Runs:
 
 
 def portions_of(ended: Ended[ClientPart], size: int = 8) -> list[Portion]:
-    return list(samples.of_run(ended.data, ended.run, size, CPU).portions)
+    return list(samples.of_run(ended, size, CPU).portions)
 
 
 def asked(
@@ -82,7 +82,7 @@ def train(run: Run, folder: Path) -> Left:
     with serving(run, folder) as server, ThreadPoolExecutor(run.clients) as pool:
         clients = []
         for index in range(run.clients):  # their indices are those of their folders
-            client = Client(f"127.0.0.1:{server.port}", f"client-{index}", CPU, source, model=run.model)
+            client = Client(f"127.0.0.1:{server.port}", f"client-{index}", CPU, source, allow=[run.model])
             client.join(patience=10)
             clients.append(client)
         outs = [folder / f"client-{index}" for index in range(run.clients)]

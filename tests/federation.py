@@ -114,14 +114,18 @@ def train(
 
 
 def federation(
-    run: Run, folder: Path, data: Sequence[Batches], certs: Path | None = None
+    run: Run,
+    folder: Path,
+    data: Sequence[Batches],
+    certs: Path | None = None,
+    kind: type[Batches] = Batches,
 ) -> tuple[Server, list[ClientPart], dict[str, Any]]:
     """Every client in a thread of its own against a real server; the server, parts, and summary.
 
-    certs: a folder as of `dsl certs`, with clients named client-0 and so on.
+    certs: a folder as of `dsl certs`, with clients named client-0 and so on. kind: of the test's batches.
     """
     run = settled(run)
-    test = Batches(run, seed=99, samples=20)
+    test = kind(run, seed=99, samples=20)
     own = Credentials.read(certs, "server") if certs else None
     with serving(run, folder, own) as server, ThreadPoolExecutor(len(data)) as pool:
         names = [f"client-{index}" for index in range(len(data))]

@@ -46,8 +46,8 @@ def sample() -> tuple[Dataset, Dataset]:
 
 def test_the_sample_is_class_balanced(sample: tuple[Dataset, Dataset]) -> None:
     for dataset, count in zip(sample, (1000, 200), strict=True):
-        assert dataset.images.shape == (10 * count, *RGB32)
-        assert dataset.images.dtype == torch.uint8
+        assert dataset.inputs.shape == (10 * count, *RGB32)
+        assert dataset.inputs.dtype == torch.uint8
         assert dataset.labels.dtype == torch.int64
         assert torch.bincount(dataset.labels).tolist() == [count] * 10
         assert dataset.labels[:500].unique().numel() == 10  # mixed, not class after class
@@ -56,12 +56,12 @@ def test_the_sample_is_class_balanced(sample: tuple[Dataset, Dataset]) -> None:
 
 def test_the_sample_is_grey_28x28_in_a_frame_of_zeros(sample: tuple[Dataset, Dataset]) -> None:
     small, _ = load("sample", GREY28, 10)
-    wide = sample[0].images
-    assert small.images.shape == (10_000, *GREY28)
-    assert all(torch.equal(wide[:, c, 2:30, 2:30], small.images[:, 0]) for c in range(3))
-    assert int(wide.sum(dtype=torch.int64)) == 3 * int(small.images.sum(dtype=torch.int64))
-    assert 0.2 < float(small.images.float().mean() / 255) < 0.4  # 0.286 over all of Fashion-MNIST
-    assert len({image.numpy().tobytes() for image in small.images}) > 9_990  # it has a few twins
+    wide = sample[0].inputs
+    assert small.inputs.shape == (10_000, *GREY28)
+    assert all(torch.equal(wide[:, c, 2:30, 2:30], small.inputs[:, 0]) for c in range(3))
+    assert int(wide.sum(dtype=torch.int64)) == 3 * int(small.inputs.sum(dtype=torch.int64))
+    assert 0.2 < float(small.inputs.float().mean() / 255) < 0.4  # 0.286 over all of Fashion-MNIST
+    assert len({image.numpy().tobytes() for image in small.inputs}) > 9_990  # it has a few twins
 
 
 # -- what suits a run, and what does not
@@ -132,7 +132,7 @@ def npz(folder: Path, arrays: Arrays) -> str:
 def test_npz_round_trip(tmp_path: Path) -> None:
     arrays = good_arrays()
     for split, dataset in zip(("train", "test"), load(npz(tmp_path, arrays), RGB32, 10), strict=True):
-        back = dataset.images.permute(0, 2, 3, 1).numpy()
+        back = dataset.inputs.permute(0, 2, 3, 1).numpy()
         np.testing.assert_array_equal(back, arrays[f"{split}_images"])
         np.testing.assert_array_equal(dataset.labels.numpy(), arrays[f"{split}_labels"])
         assert (dataset.classes, dataset.names) == (3, ("ant", "bee", "cat"))
@@ -143,7 +143,7 @@ def test_npz_of_grey_images_without_names(tmp_path: Path) -> None:
     arrays = good_arrays() | {"train_images": some_images(6, 28, 28), "test_images": some_images(3, 28, 28)}
     del arrays["classes"]
     train, test = load(npz(tmp_path, arrays), RGB32, 3)
-    np.testing.assert_array_equal(train.images[:, 1, 2:-2, 2:-2].numpy(), arrays["train_images"])
+    np.testing.assert_array_equal(train.inputs[:, 1, 2:-2, 2:-2].numpy(), arrays["train_images"])
     assert (train.classes, test.classes, train.names) == (3, 3, ())
 
 
@@ -232,7 +232,7 @@ def test_folder(pictures: Path) -> None:
     train, test = load(f"folder:{pictures}", RGB32, 10)
     assert train.names == ("ape", "zebra")
     assert (train.labels.tolist(), test.labels.tolist()) == ([0, 0, 1, 1], [0, 1])
-    for image, seed in zip(train.images, (10, 11, 0, 1), strict=True):
+    for image, seed in zip(train.inputs, (10, 11, 0, 1), strict=True):
         np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), some_images(1, 32, 32, 3, seed=seed)[0])
 
 
@@ -240,8 +240,8 @@ def test_folder(pictures: Path) -> None:
 def test_pictures_are_scaled_to_the_run(pictures: Path, image: tuple[int, int, int]) -> None:
     Image.new("L", (100, 50), 77).save(pictures / "test" / "ape" / "0.png")
     train, test = load(f"folder:{pictures}", image, 2)
-    assert train.images.shape == (4, *image)
-    assert test.images[0].unique().tolist() == [77]
+    assert train.inputs.shape == (4, *image)
+    assert test.inputs[0].unique().tolist() == [77]
 
 
 def test_a_class_in_only_one_half_is_refused(pictures: Path) -> None:
@@ -313,7 +313,7 @@ def test_fashion_mnist_of_the_debian_package(tmp_path: Path, monkeypatch: pytest
     arrays = idx_folder(tmp_path / "deb")
     monkeypatch.setattr(sources, "FASHION_MNIST", tmp_path / "deb")
     train, test = load("fashion-mnist", GREY28, 10)
-    np.testing.assert_array_equal(train.images[:, 0].numpy(), arrays["train_images"])
+    np.testing.assert_array_equal(train.inputs[:, 0].numpy(), arrays["train_images"])
     np.testing.assert_array_equal(test.labels.numpy(), arrays["test_labels"])
     assert train.names[9] == "Ankle boot"
     file = tmp_path / "deb" / "t10k-images-idx3-ubyte.gz"
@@ -334,7 +334,7 @@ def test_fashion_mnist_downloaded_once(tmp_path: Path, web: str, monkeypatch: py
     monkeypatch.setenv("DSL_DATA", str(tmp_path / "cache"))
     for _ in range(2):
         train, _ = load("fashion-mnist", GREY28, 10)
-        np.testing.assert_array_equal(train.images[:, 0].numpy(), arrays["train_images"])
+        np.testing.assert_array_equal(train.inputs[:, 0].numpy(), arrays["train_images"])
         monkeypatch.setattr(FashionMNIST, "mirrors", ["file:///nowhere/"])
 
 
@@ -367,8 +367,8 @@ def test_cifar10_through_torchvision(tmp_path: Path, web: str, monkeypatch: pyte
     pixels = cifar10_archive(tmp_path, web, monkeypatch)
     monkeypatch.setenv("DSL_DATA", str(tmp_path / "cache"))
     train, test = load("cifar10", RGB32, 10)
-    np.testing.assert_array_equal(train.images.numpy(), pixels["data_batch_1"])
-    np.testing.assert_array_equal(test.images.numpy(), pixels["test_batch"])
+    np.testing.assert_array_equal(train.inputs.numpy(), pixels["data_batch_1"])
+    np.testing.assert_array_equal(test.inputs.numpy(), pixels["test_batch"])
     assert test.labels.tolist() == [0, 1, 2, 3, 4]
     assert train.names == tuple("abcdefghij")
 
@@ -514,7 +514,7 @@ def test_every_batch_can_be_had_once_as_it_is() -> None:
     made = batches(augment=True)
     assert [len(y) for _, y in made.plain()] == [made.size(index) for index in range(len(made))]
     x, y = (torch.cat(tensors) for tensors in zip(*made.plain(), strict=True))
-    assert torch.equal(x, normalise(numbered().images))
+    assert torch.equal(x, normalise(numbered().inputs))
     assert torch.equal(y, numbered().labels)
 
 
@@ -569,7 +569,7 @@ def test_an_epoch_goes_over_each_sample_once() -> None:
     assert sorted(order(made, 0)) == mine.tolist()
     for x, y in got:
         assert (x.dtype, y.dtype) == (torch.float32, torch.int64)
-        assert torch.equal(x, normalise(numbered().images[y]))
+        assert torch.equal(x, normalise(numbered().inputs[y]))
 
 
 @pytest.mark.parametrize("samples", [0, 1, 7, 8, 9])

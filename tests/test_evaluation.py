@@ -37,7 +37,7 @@ from tests.threads import in_thread, wait_for
 pytestmark = pytest.mark.timeout(60)
 
 Code = grpc.StatusCode
-FINE = pb.Score(samples=8, correct=4, loss=1.5)
+FINE = pb.Score(samples=8, metric=4, loss=1.5)
 
 
 def closing(**said: Any) -> pb.EvaluateRequest:
@@ -86,7 +86,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 def test_each_test_batch_of_a_u_shaped_network_has_its_output_and_the_score_is_last(tmp_path: Path) -> None:
     with serving(small_run(method="ushape"), tmp_path) as server, member(server) as client:
         before = weights(server)
-        said = closing(score=pb.Score(samples=11, correct=4, loss=1.5), train_loss=2.5)
+        said = closing(score=pb.Score(samples=11, metric=4, loss=1.5), train_loss=2.5)
         first, second, last = answers(client, [*frames(client, 8, 3), said])
         assert same(weights(server), before), "nothing is learned from a test, statistics included"
         middle = server.part.top.eval()
@@ -106,9 +106,9 @@ NONSENSE: dict[str, Any] = {
     "nothing": {},
     "a score of nothing": {"score": pb.Score()},
     "no score, but a loss": {"train_loss": 1.0},
-    "more right than there are": {"score": pb.Score(samples=8, correct=9)},
-    "far more right": {"score": pb.Score(samples=8, correct=2**64 - 1)},
-    "a head with more right": {"score": FINE, "head_correct": 9},
+    "more right than there are": {"score": pb.Score(samples=8, metric=9)},
+    "far more right": {"score": pb.Score(samples=8, metric=2**64 - 1)},
+    "a head with more right": {"score": FINE, "head_metric": 9},
     "a loss that is no number": {"score": pb.Score(samples=8, loss=math.nan)},
     "an infinite loss": {"score": pb.Score(samples=8, loss=-math.inf)},
     "a training loss that is no number": {"score": FINE, "train_loss": math.nan},
@@ -137,7 +137,7 @@ def test_an_evaluation_without_the_score_that_the_client_has_to_send_is_refused(
 @pytest.mark.parametrize("samples", [7, 9, 10**6])
 def test_a_score_of_other_images_than_were_sent_is_refused(samples: int, tmp_path: Path) -> None:
     with serving(small_run(method="ushape"), tmp_path) as server, member(server) as client:
-        said = closing(score=pb.Score(samples=samples, correct=1))
+        said = closing(score=pb.Score(samples=samples, metric=1))
         with refused(Code.INVALID_ARGUMENT, f"a score of {samples} images: 8 were sent"):
             answers(client, [*frames(client, 8), said])
 
@@ -161,8 +161,8 @@ def test_labels_of_test_batches_stay_with_the_client_too(tmp_path: Path) -> None
 def test_who_evaluates_an_epoch_twice_is_answered_and_counts_once(client: Ordinary, tmp_path: Path) -> None:
     method = client.run.method
     for correct in (4, 6):
-        said = closing(score=pb.Score(samples=8, correct=correct))
-        assert answers(client, whole(method, client, said))[-1].score.correct == correct
+        said = closing(score=pb.Score(samples=8, metric=correct))
+        assert answers(client, whole(method, client, said))[-1].score.metric == correct
     answers(client, whole(method, client, closing(score=FINE), epoch=1))
     assert [(line["epoch"], line["test"]["accuracy"]) for line in lines(tmp_path)] == [(1, 0.5), (2, 0.5)]
 
@@ -173,13 +173,13 @@ def test_a_client_whose_network_the_server_scores_cannot_claim_a_score(tmp_path:
         with torch.no_grad():
             logits = server.part.top.eval()(test.z)
         server.part.top.train()
-        claim = closing(score=pb.Score(samples=10**6, correct=10**6))
+        claim = closing(score=pb.Score(samples=10**6, metric=10**6))
         score = evaluate(client, [*evaluation(client, [test]), claim])
         with refused(Code.INVALID_ARGUMENT, "no images"):
             evaluate(client, [*evaluation(client, []), claim])
-    assert (score.samples, score.correct) == (8, int((logits.argmax(1) == test.y).sum()))
+    assert (score.samples, score.metric) == (8, int((logits.argmax(1) == test.y).sum()))
     assert score.loss == pytest.approx(F.cross_entropy(logits, test.y).item(), rel=1e-5)
-    assert lines(tmp_path)[0]["test"]["accuracy"] == score.correct / 8
+    assert lines(tmp_path)[0]["test"]["accuracy"] == score.metric / 8
 
 
 def test_an_evaluation_that_its_client_cancels_holds_nobody_up(tmp_path: Path) -> None:

@@ -143,9 +143,9 @@ def joined(server: Any, **settings: Any) -> Client:
 @pytest.mark.usefixtures("quick")
 def test_no_server_can_have_a_client_run_code_that_it_does_not_name(tmp_path: Path) -> None:
     with serving(any_run(**VIT), tmp_path) as server:
-        client = joined(server, model="tests.networks:skip")
+        client = joined(server, allow=["tests.networks:skip"])
         with pytest.raises(
-            ConfigError, match=r"start dsl-client with --model tests.networks:vit$"
+            ConfigError, match=r"start dsl-client with --allow tests.networks:vit$"
         ) as refused:
             client.train(tmp_path / "client")
         client.close(refused.value)
@@ -157,7 +157,7 @@ def test_a_client_that_builds_another_network_says_so_before_it_trains(named: bo
     run = any_run(**VIT) if named else small_run()
     with serving(run, tmp_path) as server:
         server._service._network = "0" * 64
-        client = joined(server, model=run.model)
+        client = joined(server, allow=[run.model])
         with pytest.raises(
             ConfigError, match="builds another network than the server from --model"
         ) as refused:
@@ -186,8 +186,10 @@ def test_the_programs_train_a_network_of_ones_own(
         assert f"{method} on tests.networks:skip cut at second" in greeting
         address = re.search(r"--server \S+:(\d+)", greeting)
         assert address is not None
-        client = start("dsl-client", "--server", f"127.0.0.1:{address[1]}", *(model if consents else []))
+        client = start(
+            "dsl-client", "--server", f"127.0.0.1:{address[1]}", *(["--allow", model[1]] if consents else [])
+        )
         ended, words = ends(client, 150)
         assert ended == code, words
-        assert ("start dsl-client with --model tests.networks:skip" in words) == (code == 2)
+        assert ("start dsl-client with --allow tests.networks:skip" in words) == (code == 2)
         assert ends(server, 60)[0] == (69 if code else 0)

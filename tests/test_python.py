@@ -347,7 +347,7 @@ def test_a_server_and_a_client_by_themselves(tmp_path: Path) -> None:
         with pytest.raises(TimeoutError, match=r"not finished after 0\.1 s"):
             server.wait(timeout=0.1)
         with dsl.Client(
-            server.address, data=pair(0), model=networks.skip, out=tmp_path / "client-0"
+            server.address, data=pair(0), allow=networks.skip, out=tmp_path / "client-0"
         ) as client:
             assert client.index == -1
             assert client.join() == server.run
@@ -368,7 +368,7 @@ def test_a_server_and_a_client_by_themselves(tmp_path: Path) -> None:
 def test_a_client_may_be_stopped_from_another_thread(tmp_path: Path) -> None:
     begun = threading.Event()
     with dsl.Server(skip_run(epochs=500, clients=1), "127.0.0.1:0", out=tmp_path / "server") as server:
-        client = dsl.Client(server.address, data=pair(0), model=networks.skip, out=tmp_path / "client")
+        client = dsl.Client(server.address, data=pair(0), allow=networks.skip, out=tmp_path / "client")
         training = in_thread(client.train, lambda _: begun.set())
         assert begun.wait(30)
         client.stop("the night's hours are over")
@@ -391,7 +391,7 @@ def test_a_server_that_stops_tells_why(tmp_path: Path) -> None:
     ports: list[int] = []
     serving = in_thread(serve)
     wait_for(lambda: bool(ports))
-    client = dsl.Client(f"127.0.0.1:{ports[0]}", data=pair(0), model=networks.skip, out=tmp_path / "client")
+    client = dsl.Client(f"127.0.0.1:{ports[0]}", data=pair(0), allow=networks.skip, out=tmp_path / "client")
     training = in_thread(client.train, lambda _: begun.set())
     with pytest.raises(KeyboardInterrupt):
         serving.result(timeout=60)
@@ -422,7 +422,7 @@ def test_a_run_with_checkpoints_is_drained_and_resumed(tmp_path: Path) -> None:
     first.start()
     begun = threading.Event()
     client = dsl.Client(
-        first.address, data=pair(0), model=networks.skip, out=tmp_path / "client-0", patience=60, alone=False
+        first.address, data=pair(0), allow=networks.skip, out=tmp_path / "client-0", patience=60, alone=False
     )
     training = in_thread(client.train, lambda step: begun.set() if step.epoch else None)
     assert begun.wait(30)

@@ -164,7 +164,7 @@ def test_the_joined_network_is_scored_as_it_is(client: Ordinary, server: Server)
     with torch.no_grad():
         logits = server.part.top.eval()(z)
     assert score.samples == len(y)
-    assert score.correct == int((logits.argmax(1) == y).sum())
+    assert score.metric == int((logits.argmax(1) == y).sum())
     assert score.loss == pytest.approx(F.cross_entropy(logits, y).item(), rel=1e-5)
 
 
@@ -360,7 +360,7 @@ def test_an_evaluation_of_no_images_is_refused(client: Ordinary) -> None:
 
 
 def test_an_evaluation_must_open_as_one(dsl: Server) -> None:
-    score = pb.EvaluateRequest(client_score=pb.ClientScore(head_correct=1))
+    score = pb.EvaluateRequest(client_score=pb.ClientScore(head_metric=1))
     with member(dsl) as client:
         opening, frame = evaluation(client, [smashed(dsl.run)])
         for messages in ([frame], [score], [opening, opening, frame]):
@@ -385,7 +385,7 @@ def test_an_evaluation_after_batches_that_never_came_is_aborted(dsl: Server) -> 
 def test_a_score_that_cannot_be_is_refused(correct: int, train_loss: float, dsl: Server) -> None:
     """It would stand in metrics.jsonl as an accuracy above 1, or as what is no JSON."""
     with member(dsl) as client:
-        score = pb.EvaluateRequest(client_score=pb.ClientScore(head_correct=correct, train_loss=train_loss))
+        score = pb.EvaluateRequest(client_score=pb.ClientScore(head_metric=correct, train_loss=train_loss))
         with refused(Code.INVALID_ARGUMENT):
             evaluate(client, [*evaluation(client, [smashed(dsl.run)]), score])
 

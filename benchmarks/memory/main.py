@@ -218,7 +218,7 @@ def plain(row: str) -> str:
 
 def halved(images: data.Dataset) -> data.Dataset:
     """Images of half the side: the means of four pixels."""
-    return replace(images, images=F.avg_pool2d(images.images.float(), 2).round().to(torch.uint8))
+    return replace(images, inputs=F.avg_pool2d(images.inputs.float(), 2).round().to(torch.uint8))
 
 
 def accuracy(file: Path, row: str, seed: int) -> dict[str, float]:

@@ -23,6 +23,7 @@ from common.methods.psl import psl
 from common.methods.sglr import sglr
 from common.methods.splitfed import splitfed_v1, splitfed_v2, splitfed_v3
 from common.methods.ushape import ushape
+from common.objective import loss_of, metric_of
 from common.run import Run
 
 METHODS: Mapping[str, Callable[..., Method]] = {
@@ -93,6 +94,7 @@ def settled(run: Run) -> Run:
             f"--sync-every {run.sync_every}: {run.method} with --sync {sync} meets after every epoch; leave "
             "it out"
         )
+    _check_objective(run, method)
     travel = Travel.of(run.codec, run.seed)  # raises where there is no such codec
     if run.lasts and (travel.activations.feedback or travel.gradients.feedback):
         raise ConfigError("--codec +ef: what it owes is in no checkpoint; drop it, or --checkpoint-every")
@@ -109,6 +111,26 @@ def settled(run: Run) -> Run:
             f"--quorum {run.quorum}: a relay needs all of its {run.clients} clients; leave the flag out"
         )
     return replace(run, sync=sync, fixed_order=run.fixed_order or run.deterministic)
+
+
+def _check_objective(run: Run, method: Method) -> None:
+    """Raises ConfigError where the run's loss or metric cannot be had, or the method or head has its own."""
+    loss_of(run)
+    metric_of(run)
+    if run.loss == "cross-entropy":
+        return
+    if not method.any_loss:
+        raise ConfigError(
+            f"--loss {run.loss}: {run.method} is of cross-entropy; leave it out, or choose another method"
+        )
+    if run.head == "infopro" and method.local_loss:
+        raise ConfigError(
+            f"--loss {run.loss}: --head infopro has a loss of its own, with cross-entropy; choose another"
+        )
+    if run.numbers and run.partition.startswith("dirichlet"):
+        raise ConfigError(
+            f"--partition {run.partition}: deals by classes, and targets are {run.targets}; say iid or own"
+        )
 
 
 def _check_schedule(run: Run, method: Method) -> None:

@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from common.crops import augmented
@@ -104,7 +103,7 @@ class _Server:
 
 
 def _step(part: ServerPart, z: Tensor, y: Tensor) -> Answer:
-    loss = F.cross_entropy(part.top(laid_out(z, part.top)), y)
+    loss = part.loss(part.top(laid_out(z, part.top)), y)
     part.optimizer.zero_grad()
     loss.backward()
     part.optimizer.step()

@@ -13,15 +13,18 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from torch import Generator, Tensor, nn
+from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from common.codecs import Parcel
+from common.objective import Loss
 from common.run import Sync
 
 
 @dataclass(frozen=True)
 class Smashed:
-    """What crosses the cut: activations z (B, C, H, W), detached, and their labels y (B,) int64.
+    """What crosses the cut: activations z (B, C, H, W), detached, and their labels y (B,) int64; or y (B, K)
+    float32, where targets are numbers.
 
     y is empty, (0,), where labels stay with the client.
     """
@@ -81,7 +84,8 @@ class ClientPart:
     """The client's end of the network: the layers up to the cut, and its head if it learns alone.
 
     tail: the network's last layers, where the client has them. inner: where the bottom is cut again,
-    its slices and their heads but for the last slice, which is `outermost` and has `head`.
+    its slices and their heads but for the last slice, which is `outermost` and has `head`. loss: the run's,
+    of outputs (B, K) and y: their mean ().
     """
 
     bottom: nn.Module
@@ -90,6 +94,7 @@ class ClientPart:
     tail: nn.Module | None = None
     inner: Sequence[Stage] = ()
     last: nn.Module | None = None
+    loss: Loss = F.cross_entropy
 
     @property
     def outermost(self) -> nn.Module:
@@ -106,7 +111,7 @@ class ClientPart:
 class ServerPart:
     """The server's end of the network: the layers after the cut; and its own source of chance.
 
-    inner, last: as a client's. head: a client's first head, for methods that make heads at the server.
+    inner, last, loss: as a client's. head: a client's first head, for methods that make heads at the server.
     """
 
     top: nn.Module
@@ -115,6 +120,7 @@ class ServerPart:
     inner: Sequence[Stage] = ()
     last: nn.Module | None = None
     head: nn.Module | None = None
+    loss: Loss = F.cross_entropy
 
     @property
     def outermost(self) -> nn.Module:
@@ -186,6 +192,7 @@ class Method:
     modular: bool = False  # each end may be cut again, into modules that learn from heads of their own
     afterwards: ClientStep | None = None  # over each batch once more, and sent, when all epochs are over
     round_step: RoundStep | None = None  # of the server, when every client's batches have come
+    any_loss: bool = True  # else its equations are of cross-entropy
     new_head: NewHead | None = None  # made at the server for each client, every head_every epochs
     head_every: int = 0
     memory: ServerMemory | None = None

@@ -8,7 +8,6 @@ Their clients take turns with one part: `--sync relay`.
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from common.methods.base import Answer, ClientPart, Method, Received, ServerPart, Smashed, Step
@@ -32,7 +31,7 @@ def server_step(part: ServerPart, group: Sequence[Received]) -> Answer:
     (batch,) = group
     z = batch.z.requires_grad_()
     part.optimizer.zero_grad()
-    loss = F.cross_entropy(part.top(z), batch.y)
+    loss = part.loss(part.top(z), batch.y)
     loss.backward()
     part.optimizer.step()
     assert z.grad is not None, "z is part of the loss"

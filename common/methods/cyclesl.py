@@ -30,7 +30,15 @@ def cyclesl(server_epochs: int = 1, server_batch: int = 0) -> Method:
             f"cyclesl: server_epochs {server_epochs} is below 1, or server_batch {server_batch} below 0"
         )
     rule = partial(_server_step, server_epochs, server_batch)
-    return Method("cyclesl", client_step, rule, local_loss=False, answer_every=1, gather=Gather.ALL)
+    return Method(
+        "cyclesl",
+        client_step,
+        rule,
+        local_loss=False,
+        answer_every=1,
+        gather=Gather.ALL,
+        any_loss=False,  # its weights are of each sample's own, and another loss gives a batch's mean
+    )
 
 
 def _server_step(epochs: int, size: int, part: ServerPart, group: Sequence[Received]) -> Answer:

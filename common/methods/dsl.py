@@ -25,7 +25,6 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import ConfigError
@@ -60,12 +59,12 @@ def client_step(part: ClientPart, x: Tensor, y: Tensor, lambda_: float = 0.0) ->
     h = x
     for layers, head in part.inner:
         out = layers(h)
-        local_loss(head, out, x, y).backward()
+        local_loss(head, out, x, y, part.loss).backward()
         h = out.detach()
     z = part.outermost(h)  # (B, C, H, W)
     gradient = yield Smashed(z.detach(), y)  # the wire: nothing comes back, unless lambda_ > 0
 
-    loss = local_loss(part.head, z, x, y)
+    loss = local_loss(part.head, z, x, y, part.loss)
     if gradient is None:
         loss.backward()
     else:
@@ -82,7 +81,7 @@ def step_in_portions(portions: int, part: ClientPart, x: Tensor, y: Tensor) -> S
         share, h = len(some) / len(x), some
         for layers, head in [*part.inner, (part.outermost, part.head)]:
             z = layers(h)
-            loss = share * local_loss(head, z, some, labels)
+            loss = share * local_loss(head, z, some, labels, part.loss)
             loss.backward()
             h = z.detach()
         sent.append(h)
@@ -100,9 +99,9 @@ def server_step(part: ServerPart, group: Sequence[Received]) -> Answer:
     h = z
     for layers, head in part.inner:
         out = layers(h)
-        F.cross_entropy(head(out), batch.y).backward()
+        part.loss(head(out), batch.y).backward()
         h = out.detach()
-    loss = F.cross_entropy(part.outermost(h), batch.y)
+    loss = part.loss(part.outermost(h), batch.y)
     loss.backward()
     part.optimizer.step()
     return Answer(loss.detach(), [z.grad] if batch.wanted else ())

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
@@ -63,7 +62,7 @@ def _forward(part: ServerPart, group: Sequence[Received]) -> tuple[Tensor, tuple
     """The mean loss () over all samples, and its gradient at each client's logits (n_k, K)."""
     with torch.no_grad():
         logits = part.top(torch.cat([batch.z for batch in group]))
-    loss = F.cross_entropy(logits.requires_grad_(), torch.cat([batch.y for batch in group]))
+    loss = part.loss(logits.requires_grad_(), torch.cat([batch.y for batch in group]))
     (gradient,) = torch.autograd.grad(loss, logits)
     return loss.detach(), gradient.split([len(batch.y) for batch in group])
 

@@ -9,7 +9,6 @@ momentum stays with its client.
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from common.methods.base import Answer, ClientPart, Method, Received, ServerPart, Step, Tail
@@ -23,7 +22,7 @@ def fedavg() -> Method:
 
 def client_step(part: ClientPart, x: Tensor, y: Tensor) -> Step:
     assert part.tail is not None, "FedAvg's client has the whole network"
-    loss = F.cross_entropy(part.tail(part.bottom(x)), y)
+    loss = part.loss(part.tail(part.bottom(x)), y)
     part.optimizer.zero_grad()
     loss.backward()
     part.optimizer.step()

@@ -24,6 +24,7 @@ from common.errors import ConfigError
 from common.methods.base import Answer, ClientPart, Method, Received, ServerPart, Smashed, Step
 from common.methods.dsl import server_step
 from common.nets.layout import laid_out
+from common.objective import Loss
 
 KEPT = 1000  # samples of each client
 BATCH = 100  # of the fit
@@ -57,7 +58,7 @@ def client_step(part: ClientPart, x: Tensor, y: Tensor) -> Step:
     yield Smashed(z.detach(), y)  # the wire: nothing comes back
 
     leaf = z.detach().requires_grad_()
-    loss = F.cross_entropy(part.head(leaf), y)
+    loss = part.loss(part.head(leaf), y)
     (estimate,) = torch.autograd.grad(loss, leaf)
     part.optimizer.zero_grad()
     z.backward(estimate)
@@ -102,7 +103,8 @@ class _Server:
         for _ in range(self._epochs):
             order = torch.randperm(len(y), generator=part.generator).to(y.device)
             for some in order.split(BATCH):
-                gap = misfit(kept.head, z[some], y[some], cut_gradient(part.top, z[some], y[some]))
+                true = cut_gradient(part.top, z[some], y[some], part.loss)
+                gap = misfit(kept.head, z[some], y[some], true, part.loss)
                 if not gap.isfinite():  # among them are samples whose step was left out
                     continue
                 optimizer.zero_grad()
@@ -138,18 +140,17 @@ class _Server:
         return self._clients[client]
 
 
-def cut_gradient(top: nn.Module, z: Tensor, y: Tensor) -> Tensor:
+def cut_gradient(top: nn.Module, z: Tensor, y: Tensor, loss: Loss = F.cross_entropy) -> Tensor:
     """dL/dz (B, C, H, W) of the mean loss; the weights and statistics keep still."""
     leaf = z.detach().requires_grad_()
     top.eval()
-    (gradient,) = torch.autograd.grad(F.cross_entropy(top(leaf), y), leaf)
+    (gradient,) = torch.autograd.grad(loss(top(leaf), y), leaf)
     top.train()
     return gradient
 
 
-def misfit(head: nn.Module, z: Tensor, y: Tensor, gradient: Tensor) -> Tensor:
-    """|d/dz CE(head(z), y) - gradient|^2 (), summed over the batch; it can be differentiated again."""
+def misfit(head: nn.Module, z: Tensor, y: Tensor, gradient: Tensor, loss: Loss = F.cross_entropy) -> Tensor:
+    """|d/dz L(head(z), y) - gradient|^2 (), summed over the batch; it can be differentiated again."""
     leaf = z.detach().requires_grad_()
-    loss = F.cross_entropy(head(leaf), y)
-    (estimate,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    (estimate,) = torch.autograd.grad(loss(head(leaf), y), leaf, create_graph=True)
     return (estimate - gradient).square().sum()

@@ -74,7 +74,7 @@ class _Server:
     def step(self, part: ServerPart, group: Sequence[Received]) -> Answer:
         weights = list(part.top.parameters())
         zs = [batch.z.requires_grad_() for batch in group]
-        losses = [F.cross_entropy(part.top(z), batch.y) for z, batch in zip(zs, group, strict=True)]
+        losses = [part.loss(part.top(z), batch.y) for z, batch in zip(zs, group, strict=True)]
         twice = self._gda == "exact"
         per_client = [
             torch.autograd.grad(loss, weights, retain_graph=True, create_graph=twice) for loss in losses

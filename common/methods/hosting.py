@@ -11,7 +11,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from common.crops import augmented
 from common.errors import NonFiniteError
@@ -19,6 +18,7 @@ from common.methods.base import Answer, Method, Received, ServerPart
 from common.methods.guard import Guard
 from common.methods.replay import Replay, Shelf
 from common.nets.layout import laid_out
+from common.objective import metric_of
 from common.optim import learning_rate, set_learning_rate, sgd
 from common.parts import State, average, copied, found_under, load_state, state_of, under
 from common.run import Run
@@ -31,7 +31,7 @@ class Hosting:
     """
 
     def __init__(self, run: Run, method: Method, part: ServerPart, shelf: Shelf | None = None) -> None:
-        self._run, self._method = run, method
+        self._run, self._method, self._metric = run, method, metric_of(run)
         self._replay = Replay(run.replay_bytes, run.reuse, shelf) if run.replay else None
         self._began = self._latest = 0.0  # the progress of this round's first step, and of the last one
         self.parts = [part]
@@ -144,12 +144,12 @@ class Hosting:
             skipped=sum(answer.skipped for answer in answers),
         )
 
-    def score(self, z: Tensor, y: Tensor) -> tuple[int, float]:
-        """How many of the batch are classified right, and the loss summed over it."""
-        logits = self.output(z)
+    def score(self, z: Tensor, y: Tensor) -> tuple[float, float]:
+        """The run's metric (of accuracy, how many are right) and its loss, summed over the batch."""
+        outputs = self.output(z)
         y = y.to(self._device)
-        loss = F.cross_entropy(logits, y, reduction="sum")
-        return int((logits.argmax(1) == y).sum()), loss.item()
+        loss = self.parts[0].loss(outputs, y)
+        return self._metric(outputs, y).double().sum().item(), len(y) * loss.item()
 
     def output(self, z: Tensor) -> Tensor:
         """What the server's layers make of the batch, in evaluation mode."""
@@ -199,4 +199,4 @@ def _concatenated(group: Sequence[Received]) -> Received:
 
 def _copy(run: Run, part: ServerPart) -> ServerPart:
     top = copy.deepcopy(part.top)
-    return ServerPart(top, sgd(top.parameters(), run), part.generator)
+    return ServerPart(top, sgd(top.parameters(), run), part.generator, loss=part.loss)

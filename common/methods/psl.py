@@ -11,7 +11,6 @@ in the top it is n / n_k of the union's gradient: the statistics are those of al
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from common.methods.base import Answer, Gather, Method, Received, ServerPart
@@ -32,7 +31,7 @@ def server_step(part: ServerPart, group: Sequence[Received]) -> Answer:
 def joint_step(part: ServerPart, group: Sequence[Received]) -> tuple[Tensor, list[Tensor]]:
     """Steps on the union of the batches; the mean loss (), and each client's own dL_k/dz_k."""
     zs = [batch.z.requires_grad_() for batch in group]
-    loss = F.cross_entropy(part.top(torch.cat(zs)), torch.cat([batch.y for batch in group]))
+    loss = part.loss(part.top(torch.cat(zs)), torch.cat([batch.y for batch in group]))
 
     part.optimizer.zero_grad()
     loss.backward()

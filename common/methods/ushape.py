@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from common.methods.base import Answer, ClientPart, Method, Received, ServerPart, Smashed, Step, Tail
@@ -45,14 +44,14 @@ def client_step(alone: bool, part: ClientPart, x: Tensor, y: Tensor) -> Step:
 
     part.optimizer.zero_grad()
     u.requires_grad_()
-    loss = F.cross_entropy(part.tail(u), y)
+    loss = part.loss(part.tail(u), y)
     loss.backward()
     assert u.grad is not None, "u is part of the loss"
     gradient = yield u.grad  # the wire: dL/dz comes back, or nothing
 
     if alone:
         assert part.head is not None, "this bottom learns from its head"
-        local_loss(part.head, z, x, y).backward()
+        local_loss(part.head, z, x, y, part.loss).backward()
     else:
         z.backward(gradient)
     part.optimizer.step()

@@ -33,7 +33,8 @@ class CutNet:
     """The two parts, the client's head, and the shape of one sample's activations (C, H, W), or another.
 
     The parts of a resnetN are sequences of its blocks, those of other networks are not (graph.py).
-    bottom_heads, top_heads: of every slice but the last, where a part is cut again.
+    bottom_heads, top_heads: of every slice but the last, where a part is cut again. takes: the type and shape
+    of one sample's input.
     """
 
     bottom: nn.Module
@@ -42,6 +43,7 @@ class CutNet:
     cut_shape: Shape
     bottom_heads: Sequence[nn.Module] = ()
     top_heads: Sequence[nn.Module] = ()
+    takes: tuple[torch.dtype, Shape] = (torch.float32, ())
 
     @cached_property
     def fingerprint(self) -> str:
@@ -65,18 +67,23 @@ def _of_any(run: Run) -> CutNet:
         raise ConfigError(f"--split {run.split}: only for resnetN; {run.model} is cut by --cut {run.cut}")
     if max(run.client_modules, run.server_modules) > 1:
         raise ConfigError(f"--client-modules, --server-modules: only for resnetN, not for {run.model}")
-    net = build_named(run.model, run.class_count, run.image_shape[0], run.seed)
+    net = build_named(run.model, run.outputs, run.image_shape[0], run.seed)
     example = example_of(net, run.image_shape)
     halves = cut_at(run.model, net, example, run.cut)
-    classes = shape_after(halves.top, halves.shape)[0]
-    if classes != run.class_count:
-        raise ConfigError(
-            f"--model {run.model}: gives {classes} logits, and the run has {run.class_count} classes: have "
-            "its function take num_classes, or say --classes"
+    outputs = shape_after(halves.top, halves.shape)[0]
+    if outputs != run.outputs:
+        wanted = (
+            f"the run's targets are {run.targets}" if run.numbers else f"the run has {run.outputs} classes"
         )
-    cut = Cut(halves.shape, run.image_shape, run.class_count, nn.Sequential())
+        flag = "--targets" if run.numbers else "--classes"
+        raise ConfigError(
+            f"--model {run.model}: gives {outputs} logits, and {wanted}: have its function take num_classes, "
+            f"or say {flag}"
+        )
+    takes = example.dtype, tuple(example.shape[1:])
+    cut = Cut(halves.shape, takes[1], run.outputs, nn.Sequential())
     head = initialise(build_head(run.head, cut), torch.Generator().manual_seed(run.seed))
-    return CutNet(halves.bottom, halves.top, head, halves.shape)
+    return CutNet(halves.bottom, halves.top, head, halves.shape, takes=takes)
 
 
 def _of_resnet(run: Run) -> CutNet:
@@ -86,14 +93,15 @@ def _of_resnet(run: Run) -> CutNet:
         raise ConfigError(f"--cut {run.cut}: {run.model} is cut by --split s, m, d or a number of blocks")
     blocks = blocks_at_client(run.model, run.split)
     generator = torch.Generator().manual_seed(run.seed)  # our own: other threads draw from the global one
-    net = initialise(resnet(depth, run.class_count, run.image_shape[0]), generator)
+    net = initialise(resnet(depth, run.outputs, run.image_shape[0]), generator)
     bottom, top = net[: 1 + blocks], net[1 + blocks :]
     shape = shape_after(bottom, run.image_shape)
-    cut = Cut(shape, run.image_shape, run.class_count, top)
+    cut = Cut(shape, run.image_shape, run.outputs, top)
     head = initialise(build_head(run.head, cut), generator)
     bottom_heads = _heads_between(run, "client_modules", bottom, top, run.image_shape, generator)
     top_heads = _heads_between(run, "server_modules", top, None, shape, generator)
-    return CutNet(bottom, top, head, shape, bottom_heads, top_heads)
+    takes = torch.float32, tuple(run.image_shape)
+    return CutNet(bottom, top, head, shape, bottom_heads, top_heads, takes)
 
 
 def slices(layers: nn.Sequential, count: int) -> list[nn.Sequential]:
@@ -176,6 +184,6 @@ def _heads_between(
     for index, part in enumerate(parts[:-1]):
         shape = shape_after(part, shape)
         rest = [*chain.from_iterable(parts[index + 1 :]), *(following or ())]
-        cut = Cut(shape, run.image_shape, run.class_count, nn.Sequential(*rest))
+        cut = Cut(shape, run.image_shape, run.outputs, nn.Sequential(*rest))
         heads.append(initialise(build_head(run.head, cut), generator))
     return heads

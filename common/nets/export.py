@@ -19,6 +19,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from common.errors import ConfigError
 from common.nets.trace import Trace, Weight, named_tensors, value_of
+from common.own import first_words
 
 _TENSORS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
@@ -48,13 +49,6 @@ def trace(model: str, net: nn.Module, example: Tensor, training: bool) -> Trace:
     traced = Trace(program.graph, weights, inputs[0], program.graph_module, _layers(program.graph, net))
     _judge(model, traced, [spec.kind for spec in program.graph_signature.output_specs])
     return traced
-
-
-def first_words(error: Exception) -> str:
-    """The beginning of an error's text, as part of one line."""
-    first_line = next(filter(None, str(error).splitlines()), type(error).__name__)
-    words = " ".join(first_line.split())
-    return words if len(words) <= 160 else f"{words[:160].rstrip()} ..."
 
 
 def _judge(model: str, traced: Trace, outputs: list[OutputKind]) -> None:

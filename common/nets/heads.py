@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from common.errors import ConfigError
 from common.nets.resnet import Block
+from common.objective import Loss
 from common.run import MEAN, STD
 
 Shape = tuple[int, ...]
@@ -26,8 +27,8 @@ class Cut:
     """What a head may know of where it stands: one sample's activations and image, and what follows."""
 
     shape: Shape  # of z (C, H, W); or (T, D), or (N,)
-    image: Shape  # (channels, height, width)
-    classes: int
+    image: Shape  # (channels, height, width); or that of another input
+    classes: int  # or the numbers of a target: as many outputs as the network has
     following: nn.Sequential  # only its architecture is read
 
 
@@ -155,9 +156,9 @@ class InfoPro(nn.Module):
         return self.RECONSTRUCTION * reconstruction + self.CLASSIFICATION * classification
 
 
-def local_loss(head: nn.Module, z: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """What a client minimises (): the head's own loss if it has one, else mean cross-entropy."""
-    return head.loss(z, x, y) if isinstance(head, InfoPro) else F.cross_entropy(head(z), y)
+def local_loss(head: nn.Module, z: Tensor, x: Tensor, y: Tensor, loss: Loss = F.cross_entropy) -> Tensor:
+    """What a client minimises (): the head's own loss if it has one, else this one of what the head gives."""
+    return head.loss(z, x, y) if isinstance(head, InfoPro) else loss(head(z), y)
 
 
 class _Mean(nn.Module):
@@ -210,6 +211,10 @@ def build_head(name: str, cut: Cut) -> nn.Module:
         raise ConfigError(
             f"--head {name}: takes maps (C, H, W), and at this cut {list(cut.shape)} crosses; choose gap or "
             "flat"
+        )
+    if name == "infopro" and len(cut.image) != 3:
+        raise ConfigError(
+            f"--head infopro: keeps the image, and the network takes {list(cut.image)}; choose gap or flat"
         )
     if name == "copy" and not any(isinstance(layer, Block) for layer in cut.following):
         raise ConfigError("--head copy: copies the blocks of a resnetN, and none follow; choose another")

@@ -6,7 +6,6 @@ Both ends build from the name: code never travels. Nothing is downloaded: weight
 draws.
 """
 
-import importlib
 import inspect
 import re
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import ConfigError
-from common.nets.export import first_words
+from common.own import first_words, function_of, imported
 
 LIBRARIES = ("torchvision", "timm")
 
@@ -75,33 +74,15 @@ def _builder(model: str, classes: int, channels: int) -> Callable[[], Any]:
             f"--model {model[:80]!r}: say torchvision:NAME, timm:NAME or package.module:function"
         )
     if source == "torchvision":
-        models = _imported(model, "torchvision.models", "pip install torchvision")
+        models = imported("--model", model, "torchvision.models", "pip install torchvision")
         _check_listed(model, name, models.list_models(module=models))  # without those of other tasks
         return partial(models.get_model, name, weights=None, num_classes=classes)
     if source == "timm":
-        timm = _imported(model, "timm", "pip install timm")
+        timm = imported("--model", model, "timm", "pip install timm")
         _check_listed(model, name.partition(".")[0], timm.list_models())
         return partial(timm.create_model, name, pretrained=False, num_classes=classes, in_chans=channels)
-    return _of_module(model, source, name, classes)
-
-
-def _of_module(model: str, source: str, name: str, classes: int) -> Callable[[], Any]:
-    module = _imported(model, source, "install it, or put its folder on PYTHONPATH, on both sides")
-    function = getattr(module, name, None)
-    if not callable(function):
-        near = get_close_matches(name, vars(module), 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"--model {model}: {source} has no function {name!r}{hint}")
+    function = function_of("--model", model)
     return partial(function, num_classes=classes) if _takes(function, "num_classes") else function
-
-
-def _imported(model: str, module: str, remedy: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"--model {model}: no module named {error.name!r} here: {remedy}") from error
-    except Exception as error:  # code of the module's own
-        raise ConfigError(f"--model {model}: {module} cannot be imported: {first_words(error)}") from error
 
 
 def _check_listed(model: str, name: str, there: Sequence[str]) -> None:

@@ -53,7 +53,8 @@ _NOTHING: Mapping[str, Any] = {}
 
 @dataclass(frozen=True)
 class BatchSpec:
-    """What a batch of this run must be: z (1..batch_size, *cut_shape) float32, 0 <= y < classes."""
+    """What a batch of this run must be: z (1..batch_size, *cut_shape) float32, 0 <= y < classes; or, where
+    targets are numbers, so many of them a sample, y (B, numbers) float32."""
 
     cut_shape: tuple[int, ...]
     batch_size: int
@@ -61,10 +62,16 @@ class BatchSpec:
     labels: bool = True  # they travel
     output_shape: tuple[int, ...] = ()  # of one sample's output u, for a client that has the last layers
     travel: Travel = field(default_factory=Travel)
+    numbers: int = 0
 
     @property
     def label_dtype(self) -> torch.dtype:
+        if self.numbers:
+            return torch.float32
         return torch.uint8 if self.classes <= 256 else torch.uint16
+
+    def label_shape(self, samples: int) -> tuple[int, ...]:
+        return (samples, self.numbers) if self.numbers else (samples,)
 
 
 def batch_spec(run: Run, method: Method, net: CutNet) -> BatchSpec:
@@ -77,6 +84,7 @@ def batch_spec(run: Run, method: Method, net: CutNet) -> BatchSpec:
         labels=method.tail is Tail.NONE,
         output_shape=output,
         travel=Travel.of(run.codec, run.seed, run.chooses),
+        numbers=run.numbers,
     )
 
 
@@ -120,7 +128,7 @@ def sealed(frame: Iterable[Piece[Any]]) -> list[Piece[Any]]:
 
 @dataclass(frozen=True)
 class Arrived(Smashed):
-    """A batch as it came: z on the host, y as int64; its number, and its activations still closed."""
+    """A batch as it came: z on the host, y as int64 or float32; its number, and its activations, closed."""
 
     sequence: int
     parcel: Parcel
@@ -143,16 +151,25 @@ def unpack_batch(first: Piece[Any], rest: Iterator[Piece[Any]], spec: BatchSpec)
     _expect("activations", head.activations, (torch.float32, shape))
     labelled: list[Spec] = []
     if spec.labels:
-        _expect("labels", head.labels, (spec.label_dtype, (samples,)))
+        _expect("labels", head.labels, (spec.label_dtype, spec.label_shape(samples)))
         labelled = [_declared(head.labels)]
     elif head.HasField("labels"):
         raise WireError(f"batch {head.sequence} has labels; in this run they stay with the client")
     parcel, labels = _unpack(first, rest, head.payload, shape, _chosen(head, spec.travel), labelled)
     z = _opened(f"activations of batch {head.sequence}", parcel)
-    y = labels[0].long() if labels else torch.empty(0, dtype=torch.int64)
-    if labels and int(y.max()) >= spec.classes:
-        raise WireError(f"label {int(y.max())} in batch {head.sequence}: the run has {spec.classes} classes")
+    y = _judged(labels[0], head.sequence, spec) if labels else torch.empty(0, dtype=torch.int64)
     return Arrived(z, y, head.sequence, parcel)
+
+
+def _judged(labels: Tensor, sequence: int, spec: BatchSpec) -> Tensor:
+    """Labels as they are learned from. Raises WireError where they cannot be of the run."""
+    if spec.numbers:
+        _check_finite(f"the targets of batch {sequence}", labels)
+        return labels
+    y = labels.long()
+    if int(y.max()) >= spec.classes:
+        raise WireError(f"label {int(y.max())} in batch {sequence}: the run has {spec.classes} classes")
+    return y
 
 
 def pack_gradient(

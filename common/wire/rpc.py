@@ -54,10 +54,11 @@ STREAM_ACTIVATIONS = Rpc(
 TRAIN = Rpc("Train", pb.TrainRequest, pb.TrainResponse, True, True, True, True)
 SYNC_WEIGHTS = Rpc("SyncWeights", pb.SyncWeightsRequest, pb.SyncWeightsResponse, True, True, True, True)
 EVALUATE = Rpc("Evaluate", pb.EvaluateRequest, pb.EvaluateResponse, True, True, True, True)
+DESCRIBE = Rpc("Describe", pb.DescribeRequest, pb.DescribeResponse)
 LEAVE = Rpc("Leave", pb.LeaveRequest, pb.LeaveResponse)
 PING = Rpc("Ping", pb.PingRequest, pb.PingResponse)
 
-RPCS = (JOIN, STREAM_ACTIVATIONS, TRAIN, SYNC_WEIGHTS, EVALUATE, LEAVE, PING)
+RPCS = (JOIN, STREAM_ACTIVATIONS, TRAIN, SYNC_WEIGHTS, EVALUATE, DESCRIBE, LEAVE, PING)
 
 INSPECT = Rpc("Inspect", prediction.InspectRequest, prediction.InspectResponse, service=PREDICTION)
 PREDICT = Rpc(

@@ -291,24 +291,24 @@ class Evaluation(_message.Message):
     def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., after_sequence: _Optional[int] = ...) -> None: ...
 
 class ClientScore(_message.Message):
-    __slots__ = ("head_correct", "train_loss", "score")
-    HEAD_CORRECT_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("head_metric", "train_loss", "score")
+    HEAD_METRIC_FIELD_NUMBER: _ClassVar[int]
     TRAIN_LOSS_FIELD_NUMBER: _ClassVar[int]
     SCORE_FIELD_NUMBER: _ClassVar[int]
-    head_correct: int
+    head_metric: float
     train_loss: float
     score: Score
-    def __init__(self, head_correct: _Optional[int] = ..., train_loss: _Optional[float] = ..., score: _Optional[_Union[Score, _Mapping]] = ...) -> None: ...
+    def __init__(self, head_metric: _Optional[float] = ..., train_loss: _Optional[float] = ..., score: _Optional[_Union[Score, _Mapping]] = ...) -> None: ...
 
 class Score(_message.Message):
-    __slots__ = ("samples", "correct", "loss")
+    __slots__ = ("samples", "metric", "loss")
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
-    CORRECT_FIELD_NUMBER: _ClassVar[int]
+    METRIC_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
     samples: int
-    correct: int
+    metric: float
     loss: float
-    def __init__(self, samples: _Optional[int] = ..., correct: _Optional[int] = ..., loss: _Optional[float] = ...) -> None: ...
+    def __init__(self, samples: _Optional[int] = ..., metric: _Optional[float] = ..., loss: _Optional[float] = ...) -> None: ...
 
 class EvaluateRequest(_message.Message):
     __slots__ = ("evaluation", "batch", "client_score", "data")
@@ -331,6 +331,18 @@ class EvaluateResponse(_message.Message):
     output: Output
     data: bytes
     def __init__(self, score: _Optional[_Union[Score, _Mapping]] = ..., output: _Optional[_Union[Output, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class DescribeRequest(_message.Message):
+    __slots__ = ("session", "class_names")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    CLASS_NAMES_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    class_names: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, session: _Optional[str] = ..., class_names: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class DescribeResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class LeaveRequest(_message.Message):
     __slots__ = ("session", "measurements", "failure")

@@ -60,6 +60,11 @@ class SplitLearningServiceStub:
                 request_serializer=dsl_dot_v1_dot_split__learning__pb2.EvaluateRequest.SerializeToString,
                 response_deserializer=dsl_dot_v1_dot_split__learning__pb2.EvaluateResponse.FromString,
                 _registered_method=True)
+        self.Describe = channel.unary_unary(
+                '/dsl.v1.SplitLearningService/Describe',
+                request_serializer=dsl_dot_v1_dot_split__learning__pb2.DescribeRequest.SerializeToString,
+                response_deserializer=dsl_dot_v1_dot_split__learning__pb2.DescribeResponse.FromString,
+                _registered_method=True)
         self.Leave = channel.unary_unary(
                 '/dsl.v1.SplitLearningService/Leave',
                 request_serializer=dsl_dot_v1_dot_split__learning__pb2.LeaveRequest.SerializeToString,
@@ -117,6 +122,13 @@ class SplitLearningServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Describe(self, request, context):
+        """Tells what data the client has, before it trains: whether all of a run mean the same by a label.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Leave(self, request, context):
         """Says that the caller has trained to the end, and what it measured; or why it cannot go on.
         """
@@ -159,6 +171,11 @@ def add_SplitLearningServiceServicer_to_server(servicer, server):
                     servicer.Evaluate,
                     request_deserializer=dsl_dot_v1_dot_split__learning__pb2.EvaluateRequest.FromString,
                     response_serializer=dsl_dot_v1_dot_split__learning__pb2.EvaluateResponse.SerializeToString,
+            ),
+            'Describe': grpc.unary_unary_rpc_method_handler(
+                    servicer.Describe,
+                    request_deserializer=dsl_dot_v1_dot_split__learning__pb2.DescribeRequest.FromString,
+                    response_serializer=dsl_dot_v1_dot_split__learning__pb2.DescribeResponse.SerializeToString,
             ),
             'Leave': grpc.unary_unary_rpc_method_handler(
                     servicer.Leave,
@@ -307,6 +324,33 @@ class SplitLearningService:
             '/dsl.v1.SplitLearningService/Evaluate',
             dsl_dot_v1_dot_split__learning__pb2.EvaluateRequest.SerializeToString,
             dsl_dot_v1_dot_split__learning__pb2.EvaluateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Describe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dsl.v1.SplitLearningService/Describe',
+            dsl_dot_v1_dot_split__learning__pb2.DescribeRequest.SerializeToString,
+            dsl_dot_v1_dot_split__learning__pb2.DescribeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -40,7 +40,7 @@ def main(number: int, server: str) -> None:
         server,
         name=f"ward-{number}",
         data=(mine, Subset(test, range(200))),
-        model=build,  # the code that the server's run may use here, and no other
+        allow=build,  # the code that the server's run may use here, and no other
         patience=60,  # seconds to wait for a server that is not there yet
     ) as client:
         run = client.join()

@@ -278,7 +278,7 @@ def cut_in_two(kind: type[Any], pieces: Iterator[Piece[Any]]) -> list[Any]:
 def evaluation(client: Ordinary, received: int) -> list[Any]:
     opening = pb.Evaluation(session=client.session, after_sequence=received)
     frames = [batch_message(pb.EvaluateRequest, i, smashed(client.run, 2)) for i in (1, 2)]
-    closing = pb.EvaluateRequest(client_score=pb.ClientScore(head_correct=3, train_loss=1.5))
+    closing = pb.EvaluateRequest(client_score=pb.ClientScore(head_metric=3, train_loss=1.5))
     return [pb.EvaluateRequest(evaluation=opening), *frames, closing]
 
 

@@ -362,7 +362,7 @@ def test_d8_sixty_days_between_two_clocks_are_told_with_this_machine_s_time(
 # ---------------------------------------------------------------- D9: nothing is done for who was refused
 
 
-CALLS = ("StreamActivations", "Evaluate", "SyncWeights", "Leave")
+CALLS = ("StreamActivations", "Evaluate", "SyncWeights", "Describe", "Leave")
 
 
 @pytest.mark.parametrize("what", CALLS)
@@ -375,11 +375,12 @@ def test_d9_d7_a_session_is_of_no_use_to_another_client(
             "StreamActivations": ann.segment(pb.StreamActivationsRequest, [smashed(server.run)]),
             "Evaluate": [pb.EvaluateRequest(evaluation=pb.Evaluation(session=ann.session))],
             "SyncWeights": [pb.SyncWeightsRequest(weights=pb.Weights(session=ann.session))],
+            "Describe": [pb.DescribeRequest(session=ann.session, class_names=["bobs"])],
             "Leave": [pb.LeaveRequest(session=ann.session, failure="bob says so")],
         }
         call, messages = getattr(bob.stub, what), requests[what]
         with refused(Code.PERMISSION_DENIED, "this session is not one of 'bob'"):
-            if what == "Leave":
+            if what in ("Describe", "Leave"):
                 call(messages[0], timeout=DEADLINE_S)
             elif what == "StreamActivations":
                 call(iter(messages), timeout=DEADLINE_S)

@@ -11,16 +11,34 @@ const number = (value, write) => ({ text: write(value), value });
 // ------------------------------------------------------------------ lines of metrics.jsonl
 
 const epochs = { label: "epoch", write: String };
-const accuracy = new Chart(at("accuracy-chart"), {
+
+let metric = "accuracy"; // what is scored: a share, or a number of another metric
+
+const isShare = () => metric === "accuracy";
+const joined = (test) => (test.metric ? test.metric.joined : test.accuracy);
+const alone = (test) => (test.metric ? test.metric.client_only : test.client_only_accuracy);
+const score = (value) => (isShare() ? percent(value) : loss(value));
+const inWords = (value) => `${score(value)}${isShare() ? "%" : ""}`;
+
+/** A run of another metric: what stands on the page is renamed, once. */
+function name(scored) {
+  if (scored === metric) return;
+  metric = scored;
+  scores.top = undefined;
+  for (const place of document.querySelectorAll("[data-scored]")) place.textContent = place.dataset.scored.replace("{}", metric);
+  at("accuracy-region").setAttribute("aria-label", `Test ${metric}, table`);
+}
+
+const scores = new Chart(at("accuracy-chart"), {
   lines: [
     { name: "joined", colour: "--first" },
     { name: "client alone", colour: "--second", dash: [6, 4] },
   ],
-  write: points,
-  tick: (value) => `${value}%`,
+  write: (value) => (isShare() ? points(value) : loss(value)),
+  tick: (value) => (isShare() ? `${value}%` : String(value)),
   along: epochs,
   top: 100,
-  words: ([joined, alone]) => `Test accuracy by epoch, a line chart. Last: joined ${joined}, client alone ${alone}.`,
+  words: ([joined, alone]) => `Test ${metric} by epoch, a line chart. Last: joined ${joined}, client alone ${alone}.`,
   empty: "The first score comes at the end of an epoch that is scored.",
 });
 const losses = new Chart(at("loss-chart"), {
@@ -39,13 +57,13 @@ const losses = new Chart(at("loss-chart"), {
 
 function showLines(lines) {
   const of = (pick) => lines.map((line) => pick(line) ?? null);
-  const share = (value) => (value === null || value === undefined ? null : 100 * value);
+  const drawn = (value) => (value === null || value === undefined ? null : isShare() ? 100 * value : value);
   const at_ = of((line) => line.epoch);
-  accuracy.show(at_, [of((l) => share(l.test.accuracy)), of((l) => share(l.test.client_only_accuracy))]);
+  scores.show(at_, [of((l) => drawn(joined(l.test))), of((l) => drawn(alone(l.test)))]);
   losses.show(at_, [of((l) => l.test.loss), of((l) => l.train.loss), of((l) => l.train.client_loss)]);
   const table = (id, cells) =>
     fill(body(id), lines.map((line) => ({ key: line.epoch, cells: [number(line.epoch, whole), ...cells(line)] })));
-  table("accuracy-table", ({ test }) => [number(test.accuracy, percent), number(test.client_only_accuracy, percent)]);
+  table("accuracy-table", ({ test }) => [number(joined(test), score), number(alone(test), score)]);
   table("loss-table", ({ test, train }) => [test.loss, train.loss, train.client_loss].map((value) => number(value, loss)));
   table("lines-table", (line) => [
     number(line.seconds, tenths),
@@ -89,6 +107,7 @@ let states = new Map(); // of the clients, as last told
 function showView(view) {
   at("name").textContent = view.name;
   at("facts").textContent = `${view.method} on ${view.model} cut at ${view.place}`;
+  name(view.metric);
   showStage(view);
   showTiles(view);
   showTraffic(view);
@@ -108,7 +127,7 @@ function stage(view) {
 
 function showStage(view) {
   const [shape, text] = stage(view);
-  const scored = view.test.accuracy === null ? "" : `${percent(view.test.accuracy)}% · `;
+  const scored = joined(view.test) === null ? "" : `${inWords(joined(view.test))} · `;
   const epoch = Math.min(view.epoch + 1, view.epochs);
   writeState(at("stage"), shape, text);
   at("epoch").textContent = `epoch ${whole(epoch)} of ${whole(view.epochs)}`;
@@ -126,9 +145,8 @@ function showStage(view) {
 function showTiles(view) {
   const up = total(view.wire.up);
   const down = total(view.wire.down);
-  writeNumber("accuracy", percent(view.test.accuracy), view.test.accuracy, "%");
-  at("alone").textContent =
-    view.test.client_only_accuracy === null ? "" : `client alone ${percent(view.test.client_only_accuracy)}%`;
+  writeNumber("accuracy", score(joined(view.test)), joined(view.test), isShare() ? "%" : "");
+  at("alone").textContent = alone(view.test) === null ? "" : `client alone ${inWords(alone(view.test))}`;
   writeNumber("loss", loss(view.test.loss), view.test.loss, "");
   at("training-loss").textContent = view.loss === null ? "" : `server, training ${loss(view.loss)}`;
   const rate = isOver(view) && view.seconds ? view.samples / view.seconds : view.rate;
