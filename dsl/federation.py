@@ -48,9 +48,9 @@ def train(
 
     model: the function that builds the network, or its name; else the run says. loss, metric: likewise.
     data: for all clients, or in a list one for each (the run then has partition="own"); else the run says.
-    out: where the folders server, client-0 and so on go; by default runs/<time>-<name>-<method>. processes: each a process of its own, in
-    place of threads. threads: of the arithmetic of each. progress: with a live line. on_line: called with
-    each evaluation as it comes, by the thread that called `train`.
+    out: where the folders server, client-0 and so on go; by default runs/<time>-<name>-<method>. processes:
+    each a process of its own, in place of threads. threads: of the arithmetic of each. progress: with a live
+    line. on_line: called with each evaluation as it comes, by the thread that called `train`.
 
     Raises ConfigError for what cannot be, StepError and others for what fails on the way, in processes
     LaunchError; and whatever `on_line`, or a client's own data or network, raises. Then, and upon Ctrl-C,
