@@ -9,7 +9,7 @@ demo: $(VENV)/ready
 	$(BIN)/dsl demo
 
 test: $(VENV)/ready lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile  # a thread for each: they share two cores
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -m slow

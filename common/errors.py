@@ -2,6 +2,7 @@
 
 * SplitLearningError
   - ConfigError        what the user asked for cannot be done; the message says what can
+    + OwnCodeError     since code of the user's own failed, whose words the other end is not told
   - WireError          what the other end sent breaks the protocol (INVALID_ARGUMENT)
     + SequenceError    a batch came out of order (ABORTED); it carries the number that was due
     + DigestError      its bytes are not those that were sent (DATA_LOSS)
@@ -26,11 +27,31 @@ class SplitLearningError(Exception):
 
     exit_code = 1
 
+    @property
+    def told(self) -> str:
+        """What the other end hears of it."""
+        return str(self)
+
 
 class ConfigError(SplitLearningError):
     """What the user asked for cannot be done."""
 
     exit_code = 2
+
+
+class OwnCodeError(ConfigError):
+    """Code of the user's own failed. What it said may be about the data: it stays here.
+
+    what: was being done. words: of the error, a line.
+    """
+
+    def __init__(self, what: str, error: Exception, words: str) -> None:
+        self._told = f"{what}: its code failed: {type(error).__name__}"
+        super().__init__(f"{self._told}: {words}")
+
+    @property
+    def told(self) -> str:
+        return self._told
 
 
 class WireError(SplitLearningError):

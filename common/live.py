@@ -49,7 +49,7 @@ class Storages(TorchDispatchMode):
         self._freed: deque[int] = deque()  # by any thread; taken into account before what comes next
 
     def see(self, tensors: Iterable[Tensor]) -> None:
-        """Counts these, too: what is there before the first operation, for instance."""
+        """Counts these, too, of whatever shapes: what is there before the first operation, for instance."""
         for tensor in tensors:
             self._add(tensor.untyped_storage())
         self.peak = max(self.peak, self.now)

@@ -69,7 +69,8 @@ def state_of(part: Part, momentum: bool = True) -> State:
 
 
 def kept_by(part: Part) -> Iterator[Tensor]:
-    """Every tensor that the part keeps from one step to the next: of its weights, also the gradients."""
+    """Every tensor that the part keeps from one step to the next: of its weights, also the gradients,
+    which have their shapes."""
     for module in part.modules.values():
         yield from module.buffers()
         for parameter in module.parameters():
@@ -92,7 +93,8 @@ def head_state(head: nn.Module) -> State:
 
 
 def load_state(part: Part, state: Mapping[str, Tensor]) -> None:
-    """Puts back, in place, what `state_of` gave; names that the part lacks are an error of ours."""
+    """Puts back, in place, what `state_of` gave; names that the part lacks, or other
+    shapes, are an error of ours."""
     ours = state_of(part)
     with torch.no_grad():
         for name, tensor in state.items():
@@ -110,12 +112,12 @@ def copied(state: State) -> State:
 
 
 def under(prefix: str, state: Mapping[str, Tensor]) -> State:
-    """The state with longer names: `found_under` has it back."""
+    """The same tensors by longer names: `found_under` has them back."""
     return {f"{prefix}.{name}": tensor for name, tensor in state.items()}
 
 
 def found_under(prefix: str, state: Mapping[str, Tensor]) -> State:
-    """What of the state has such names, without the prefix."""
+    """The tensors that have such names, by their names without the prefix."""
     start = f"{prefix}."
     return {name.removeprefix(start): tensor for name, tensor in state.items() if name.startswith(start)}
 

@@ -152,7 +152,7 @@ class Client:
         """Ends the membership. An error of ours is told to the server; of another's only what it is called,
         for its words may be about the data."""
         if isinstance(error, SplitLearningError):
-            self._close(str(error))
+            self._close(error.told)
         elif isinstance(error, Exception) or not self._client.can_return:
             self._close("" if error is None else "it was stopped" + said_of(error))
         else:

@@ -143,7 +143,7 @@ class Client:
 
     def close(self, failure: SplitLearningError | str = "") -> None:
         """Ends the membership; tells the server of a failure."""
-        self._connection.close(str(failure))
+        self._connection.close(failure if isinstance(failure, str) else failure.told)
 
     def _check_allowed(self) -> None:
         """Raises ConfigError where the run is of code of this side's own that nobody here has named."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common.errors import ConfigError
+from common.errors import ConfigError, OwnCodeError
 from common.own import first_words, function_of
 from dsl_client.sources import SPLITS, Raw
 
@@ -98,7 +98,7 @@ def _called(what: str, function: Callable[[], Any]) -> Any:
     try:
         return function()
     except Exception as error:  # it is someone else's code
-        raise ConfigError(f"{what}: its code failed: {type(error).__name__}: {first_words(error)}") from error
+        raise OwnCodeError(what, error, first_words(error)) from error
 
 
 def described(tensor: Tensor) -> str:

@@ -236,7 +236,10 @@ def _fashion_mnist(folder: Path) -> Raw:
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
-    """A gzipped idx file of bytes: 0, 0, 8, the number of axes, each axis as >u4, the data."""
+    """A gzipped idx file of bytes: 0, 0, 8, the number of axes, each axis as >u4, the data.
+
+    Raises ConfigError where it is none.
+    """
     try:
         raw = gzip.decompress(path.read_bytes())
         axes = np.frombuffer(raw, ">u4", count=raw[3], offset=4)

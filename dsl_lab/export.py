@@ -49,10 +49,13 @@ def export(options: Export, console: Console) -> None:
         raise ConfigError(f"--format onnx needs more packages: {EXTRA}; or say --format pt2 safetensors")
     if any((options.out / name).exists() for name in ("README.md", *(f"model.{kind}" for kind in formats))):
         raise ConfigError(f"--out {options.out} holds a model already; choose another folder or remove it")
-    from dsl_lab import card, runs  # these import torch
+    import torch
+
+    from dsl_lab import card, runs
     from dsl_lab.joined import example_of_run, joined
 
     whole, ended = joined(options.server, options.client, options.alone)
+    whole.to(memory_format=torch.contiguous_format)  # weights lie as every other program has them
     run = runs.read(options.server)
     example = example_of_run(ended.run)
     program = _program(whole, example) if {"pt2", "onnx"} & set(formats) else None

@@ -19,7 +19,7 @@ from common.run import Run
 
 
 class Source(Protocol):
-    """One client's batches: dsl_client.batches.Batches, or a test's own."""
+    """One client's batches, x (B, ...) and y (B,) or (B, K): dsl_client.batches.Batches, or a test's own."""
 
     @property
     def samples(self) -> int: ...

@@ -206,7 +206,8 @@ class Server:
         return True
 
     def finish(self) -> dict[str, Any]:
-        """After the run: the part saved, the summary written and returned."""
+        """After the run: the part saved, the summary written and returned. Raises ConfigError where the disk
+        will not have them."""
         try:
             facts = {"run": asdict(self.run), "run_id": self.rounds.ledger.run_id}
             checkpoint.save(self._folder.path / "checkpoint", self.part, facts)

@@ -91,6 +91,10 @@ class Service:
         self._contexts: dict[str, Context] = {}  # session to the call of its open segment
 
     def Join(self, request: pb.JoinRequest, context: Context) -> Iterator[pb.JoinResponse]:
+        """The welcome; then, in a run that lasts, what is durable, for as long as the caller is a member.
+
+        Raises RefusedError and others of errors.py, which go to the caller as a status (STATUS).
+        """
         peer = context.peer()
         try:
             member = self._admitted(request, context)
@@ -187,6 +191,11 @@ class Service:
             lease.cancel()
 
     def StreamActivations(self, requests: Pieces, context: Context) -> pb.StreamActivationsResponse:
+        """A segment of batches, one way; the receipt, once all of it is learned from.
+
+        Raises WireError, SequenceError, DigestError or PlanError for what is not as announced, StaleError for
+        a session that is over, ClosedError when the run ends.
+        """
         if not self._method.one_way:
             raise RefusedError(f"{self._method.name} answers batches; send them by Train")
         last = deque(self._segment(requests, context), maxlen=1)
@@ -200,6 +209,8 @@ class Service:
         return pb.StreamActivationsResponse(applied=job.sequence)
 
     def Train(self, requests: Pieces, context: Context) -> Iterator[Piece[pb.TrainResponse]]:
+        """A segment of batches; dL/dz, of a batch's own shape, for each that is to be answered. Raises as
+        StreamActivations does."""
         if self._method.one_way:
             raise RefusedError(f"{self._method.name} answers nothing; send by StreamActivations")
         job = None
@@ -215,6 +226,8 @@ class Service:
             job.answer.result()  # also of the last one that was not to be answered: a receipt says it counts
 
     def SyncWeights(self, requests: Pieces, context: Context) -> Iterator[Piece[pb.SyncWeightsResponse]]:
+        """A client's part, for an average or for the next in turn; what it is to go on with. Raises WireError
+        for tensors that are not the part's, StaleError, ClosedError."""
         specs = self._part_specs
         first = _first(requests)
         member = self._member(first.head.weights.session, context)  # before anything is made of what follows
@@ -249,6 +262,8 @@ class Service:
         yield from codec.pack_weights(pb.SyncWeightsResponse, back, answer)
 
     def Evaluate(self, requests: Pieces, context: Context) -> Iterator[Piece[pb.EvaluateResponse]]:
+        """Test batches (B, ...); the joined network's score of them, and outputs before it where the caller
+        has the last layers. Raises WireError, StaleError, ClosedError."""
         opening = opening_of(requests, "evaluation")
         member = self._member(opening.session, context)
         if opening.epoch >= self._run.epochs:
@@ -286,6 +301,8 @@ class Service:
         yield Piece(pb.EvaluateResponse(score=score))
 
     def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeResponse:
+        """The names of the caller's classes. Raises RefusedError where the run's are others, WireError for
+        more of them than it has."""
         member = self._member(request.session, context)
         if len(request.class_names) > self._run.class_count:
             raise WireError(
@@ -295,6 +312,8 @@ class Service:
         return pb.DescribeResponse()
 
     def Leave(self, request: pb.LeaveRequest, context: Context) -> pb.LeaveResponse:
+        """The end of a membership, with what the client measured or why it failed. Raises RefusedError before
+        its segment is finished, WireError, StaleError."""
         member = self._member(request.session, context)
         if request.failure:
             self._lost(member, context.peer(), f"failed: {request.failure[:500]!r}")
@@ -315,6 +334,8 @@ class Service:
         return pb.LeaveResponse()
 
     def Ping(self, request: pb.PingRequest, context: Context) -> pb.PingResponse:
+        """Versions, this clock (ns) and as many bytes as asked, for dsl doctor. Raises WireError for too
+        many, and as Join does for strangers."""
         received = time.time_ns()
         if self._guard:  # strangers are told no more
             self._guard.admit(context.auth_context())

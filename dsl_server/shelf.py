@@ -18,6 +18,7 @@ class DiskShelf(Shelf):
         self._folder = folder
 
     def put(self, number: int, parcel: Parcel) -> Callable[[], Parcel]:
+        """Writes the parcel under this number; how to have it back. Raises StepError when the disk fails."""
         file = self._file(number)
         tensors = {str(index): tensor for index, tensor in enumerate(parcel.encoded.tensors)}
         try:

@@ -28,7 +28,7 @@ def commands(page: Path) -> list[list[str]]:
     for block in blocks(page, *SHELL):
         for line in re.sub(r"\\\n\s*", " ", block).splitlines():
             line = line.removeprefix("$ ")
-            if line.split(" ")[0] in OURS:
+            if line.split(" ")[0] in OURS and "  " not in line.strip():  # else a view, or a table of arrows
                 words = shlex.split(line, comments=True)
                 ends = [at for at, word in enumerate(words) if word in END or word[:1] in ("<", ">")]
                 found.append([word for word in words[: min(ends, default=len(words))] if word != "..."])

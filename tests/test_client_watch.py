@@ -45,7 +45,7 @@ def test_the_last_view_is_the_summary(method: str, tmp_path: Path, monkeypatch: 
     assert [(view.epoch, view.batch) for view in seen[1:]] == [(e, b) for e in (0, 1) for b in (1, 2, 3)]
     assert [view.samples for view in seen] == list(range(0, 121, 20))
     assert [view.done for view in seen] == pytest.approx([batch / 6 for batch in range(7)])
-    assert seen[0].loss is seen[0].accuracy is seen[0].left_s is None
+    assert seen[0].loss is seen[0].score is seen[0].left_s is None
     assert all(view.loss is not None and view.loss > 0 for view in seen[1:])
 
     summary = json.loads((tmp_path / "client/summary.json").read_text())
@@ -53,14 +53,14 @@ def test_the_last_view_is_the_summary(method: str, tmp_path: Path, monkeypatch: 
     assert last.samples == summary["samples"] == 120
     assert last.wire == summary["wire"]
     assert last.phases == pytest.approx({name: summary["seconds"][name] for name in last.phases}, abs=0.01)
-    assert (last.accuracy, last.alone) == (scores[-1]["accuracy"], scores[-1]["alone"])
+    assert (last.score, last.alone) == (scores[-1]["accuracy"], scores[-1]["alone"])
     assert (last.done, last.left_s, last.queue) == (1.0, 0.0, 0)
 
     told = {
         sample.name: sample.value for family in metrics_of(last, "dsl-client") for sample in family.samples
     }
     assert told["dsl_samples_trained_total"] == 120
-    assert told["dsl_test_accuracy"] == last.accuracy
+    assert told["dsl_test_accuracy"] == last.score
     assert ("dsl_test_client_only_accuracy" in told) == (method == "dsl"), (
         "where there is no value it is not told"
     )

@@ -271,15 +271,13 @@ def test_it_trains_over_the_wire(
     layer: str,
     shape: tuple[int, ...],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Both parts learn; where there is no dropout, which in one process draws from one generator, as in one
     thread bit for bit."""
     kind = Tokens if model.endswith("text") else Batches
-    monkeypatch.setattr("tests.federation.Batches", kind)  # of which the test set is made
     run = any_run(method=method, model=model, image=image, cut=layer, lr=0.01)
     data = [kind(run, 0, 18)]
-    server, (client,), summary = federation(run, tmp_path, data)
+    server, (client,), summary = federation(run, tmp_path, data, kind=kind)
     first = build(run)
     assert moved(client.bottom, first.bottom)
     assert moved(server.part.top, first.top)

@@ -167,7 +167,7 @@ def test_results_are_those_of_the_joined_network(tmp_path: Path) -> None:
     network.load_state_dict(results.state_dict())
     _, test = load(source, run.image_shape, run.class_count)
     with torch.no_grad():
-        right = (network.eval()(normalise(test.images)).argmax(1) == test.labels).sum()
+        right = (network.eval()(normalise(test.inputs)).argmax(1) == test.labels).sum()
     assert results.accuracy == int(right) / 20
     assert results.run == replace(run, data=source)
     assert results.bytes_up == 2 * 44 * (2 * 4 * 8 * 8 * 4 + 1)  # epochs, images; maps of floats, a label
@@ -252,7 +252,7 @@ def test_progress_is_shown_or_not(progress: bool, tmp_path: Path, capsys: pytest
         (
             {"classes": 2, "model": "resnet8", "cut": "", "split": "1"},
             {},
-            "labels run from 0 to 3, and the run",
+            "the data given has 4 classes but the run has 2",
         ),
         (
             {"image": (3, 4, 4), "model": "resnet8", "cut": "", "split": "1"},
@@ -282,7 +282,7 @@ def test_a_run_that_could_not_begin_leaves_its_folder_to_the_next(tmp_path: Path
 
 @pytest.mark.usefixtures("nothing_left")
 def test_an_error_of_a_clients_data_is_the_callers(tmp_path: Path) -> None:
-    with pytest.raises(LookupError, match="record 17 is not in the archive"):
+    with pytest.raises(dsl.ConfigError, match="LookupError: record 17 is not in the archive"):
         dsl.train(
             skip_run(),
             data=[pair(0), (Records(0, 44, broken=True), Records(9, 20))],

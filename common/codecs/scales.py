@@ -19,7 +19,7 @@ def scale_of(peak: Tensor, levels: int) -> Tensor:
 
 
 def judge_scale(what: str, scale: Tensor, levels: int) -> None:
-    """Raises WireError unless `scale_of` can have made it."""
+    """Raises WireError unless `scale_of` can have made it. scale: of any shape, one for each channel."""
     low, high = (float(end) for end in torch.aminmax(scale))
     if not (low >= _FLOAT.tiny and high <= _most(levels)):  # so written, NaN does not pass
         raise WireError(f"{what}: a scale of {low:g} to {high:g}; it is {_FLOAT.tiny:g} to {_most(levels):g}")

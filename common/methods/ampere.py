@@ -29,7 +29,10 @@ from common.nets.layout import laid_out
 
 def ampere(server_epochs: int = 20, server_batch: int = 128, augment: int = 1) -> Method:
     """server_epochs: passes of the server over all that was sent. server_batch: samples of its steps.
-    augment: 1 where the server augments what it got, else 0; unless said, as the run has it."""
+    augment: 1 where the server augments what it got, else 0; unless said, as the run has it.
+
+    Raises ConfigError.
+    """
     if min(server_epochs, server_batch) < 1 or augment not in (0, 1):
         raise ConfigError(
             f"ampere: server_epochs {server_epochs} or server_batch {server_batch} is below 1, or augment "

@@ -238,7 +238,8 @@ def is_waypoint(place: int, batches: int) -> bool:
 
 
 def run_step(step: Step, wire: Callable[[Sent], Tensor | None]) -> Tensor | None:
-    """Runs a client step to its end over the wire; returns its local loss, if it has one."""
+    """Runs a client step to its end over the wire, which takes what it sends and gives dL/dz (B, ...)
+    or None; returns its local loss (), if it has one."""
     answer = None
     while True:
         try:

@@ -12,7 +12,7 @@ from common.methods.dsl import client_step, server_step
 
 
 def cse_fsl(h: int = 5) -> Method:
-    """h: batches from one that is sent to the next; the first of an epoch is sent."""
+    """h: batches from one that is sent to the next; the first of an epoch is sent. Raises ConfigError."""
     if h < 1:
         raise ConfigError(f"cse-fsl: h {h} is below 1")
     return Method(

@@ -24,7 +24,8 @@ from common.methods.csl import client_step
 
 
 def cyclesl(server_epochs: int = 1, server_batch: int = 0) -> Method:
-    """server_batch: samples of a server step; 0: as many as the first client's batch has."""
+    """server_batch: samples of a server step; 0: as many as the first client's batch has. Raises
+    ConfigError."""
     if server_epochs < 1 or server_batch < 0:
         raise ConfigError(
             f"cyclesl: server_epochs {server_epochs} is below 1, or server_batch {server_batch} below 0"

@@ -34,7 +34,7 @@ from common.nets.heads import local_loss
 
 def dsl(lambda_: float = 0.0, q: int = 1, portions: int = 1) -> Method:
     """lambda_: weight of the server's loss in the client's. q: batches from one with it to the next.
-    portions: in which the client takes a batch, one after the other."""
+    portions: in which the client takes a batch, one after the other. Raises ConfigError."""
     if not 0 <= lambda_ < math.inf or min(q, portions) < 1:
         raise ConfigError(
             f"dsl: lambda_ {lambda_} must be 0 or more, q {q} and portions {portions} at least 1"

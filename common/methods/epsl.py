@@ -29,7 +29,8 @@ from common.methods.psl import joint_step
 
 
 def epsl(phi: float = 0.5) -> Method:
-    """phi: the fraction of the smallest batch whose gradients are averaged over the clients."""
+    """phi: the fraction of the smallest batch whose gradients are averaged over the clients. Raises
+    ConfigError."""
     if not 0 <= phi <= 1:
         raise ConfigError(f"epsl: phi {phi} must be from 0 to 1")
     rule = partial(_server_step, phi)

@@ -32,7 +32,7 @@ BATCH = 100  # of the fit
 
 def fsl_sage(q: int = 5, l: int = 10, align_epochs: int = 5, align_lr: float = 1e-3) -> Method:  # noqa: E741
     """q: batches from one sent to the next. l: epochs from one new head to the next; each takes
-    align_epochs over the samples kept, at Adam's align_lr."""
+    align_epochs over the samples kept, at Adam's align_lr. Raises ConfigError."""
     if min(q, l, align_epochs) < 1 or align_lr <= 0:
         raise ConfigError(
             f"fsl-sage: q {q}, l {l} or align_epochs {align_epochs} is below 1, or align_lr {align_lr} not "

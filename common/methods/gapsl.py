@@ -37,7 +37,8 @@ def gapsl(
     lambda_: float = 5e-4,
     gda: Alignment = "filter",
 ) -> Method:
-    """k_min, k_max: percent of the clients that lead. eta: deviations below the mean to be kept."""
+    """k_min, k_max: percent of the clients that lead. eta: deviations below the mean to be kept. Raises
+    ConfigError."""
     if not 0 <= k_min <= k_max <= 100:
         raise ConfigError(f"gapsl: 0 <= k_min {k_min} <= k_max {k_max} <= 100 does not hold")
     server = _Server(k_min, k_max, eta, lambda_, gda)

@@ -58,7 +58,7 @@ class Hosting:
         return state
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Goes on from what `state` gave."""
+        """Goes on from what `state` gave. KeyError, RuntimeError: it is of another run."""
         for index, part in enumerate(self.parts):
             load_state(part, found_under(f"parts.{index}", state))
         if self._method.memory is not None:
@@ -145,14 +145,16 @@ class Hosting:
         )
 
     def score(self, z: Tensor, y: Tensor) -> tuple[float, float]:
-        """The run's metric (of accuracy, how many are right) and its loss, summed over the batch."""
+        """The run's metric (of accuracy, how many are right) and its loss, summed over a batch: z (B, ...) as
+        it crosses the cut, y (B,) classes or (B, K) numbers."""
         outputs = self.output(z)
         y = y.to(self._device)
         loss = self.parts[0].loss(outputs, y)
         return self._metric(outputs, y).double().sum().item(), len(y) * loss.item()
 
     def output(self, z: Tensor) -> Tensor:
-        """What the server's layers make of the batch, in evaluation mode."""
+        """What the server's layers make of a batch z (B, ...) in evaluation mode: (B, classes), or what the
+        client's last layers take."""
         top: nn.Module = self.parts[0].top.eval()
         with torch.no_grad():
             out: Tensor = top(laid_out(z.to(self._device), top))

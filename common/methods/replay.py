@@ -87,7 +87,7 @@ class Replay:
         return replace(kept.batch, z=z.to(kept.batch.z.device))
 
     def state(self) -> dict[str, Tensor]:
-        """All that is kept, still closed; and how often each was used."""
+        """All that is kept, still closed: payloads and labels (B,) by number; and how often each was used."""
         state = {}
         for uses, place in self._queue:
             kept = self._kept[-place]
@@ -108,7 +108,7 @@ class Replay:
         return state
 
     def load(self, state: Mapping[str, Tensor], device: torch.device) -> None:
-        """Has what `state` gave; labels on the device."""
+        """Has what `state` gave; labels (B,) on the device."""
         for number in sorted(int(name.partition(".")[0]) for name in state if name.endswith(".facts")):
             facts = json.loads(bytes(state[f"{number}.facts"].tolist()))
             payload: list[Tensor] = []

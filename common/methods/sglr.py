@@ -37,7 +37,8 @@ def sglr(
     phase: Phase = "all",
     fraction: float = 0.6,
 ) -> Method:
-    """phi, fraction: 0 to 1. `fraction` of the run is averaged where `phase` is first or last."""
+    """phi, fraction: 0 to 1. `fraction` of the run is averaged where `phase` is first or last. Raises
+    ConfigError."""
     if not (0 <= phi <= 1 and 0 <= fraction <= 1):
         raise ConfigError(f"sglr: phi {phi} and fraction {fraction} must be from 0 to 1")
     rule = partial(_server_step, alpha, phi, splitavg, phase, fraction)

@@ -144,8 +144,9 @@ class InfoPro(nn.Module):
         )
 
     def forward(self, z: Tensor) -> Tensor:
+        """(B, C, H, W) -> logits (B, classes)."""
         logits: Tensor = self.classifier(z)
-        return logits  # (B, classes)
+        return logits
 
     def loss(self, z: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """z (B, C, H, W), x (B, channels, height, width) as it is trained on, y (B,) -> ()."""

@@ -93,7 +93,7 @@ class Trace:
 
 
 def named_tensors(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, then buffers, in the network's order; by each of their names."""
+    """Parameters, then buffers, in the network's order; by each of their names. A tied one comes twice."""
     yield from net.named_parameters(remove_duplicate=False)
     yield from net.named_buffers(remove_duplicate=False)
 
