@@ -43,7 +43,7 @@ def commands() -> list[list[str]]:
     """The page's, in words, without what is left open there."""
     blocks = re.findall(r"^```\w*\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
     lines = [line for block in blocks for line in block.splitlines() if re.match(r"dsl-\w+ --", line)]
-    return [shlex.split(line.replace(" --server ...", "").replace(" ...", "")) for line in lines]
+    return [shlex.split(line.replace(" --server gpu-host:50051", "").replace(" ...", "")) for line in lines]
 
 
 @pytest.mark.timeout(110)
