@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import TensorDataset
 
 from common.errors import ClosedError, ConfigError, RefusedError, SplitLearningError
@@ -70,6 +71,17 @@ def test_images_are_bytes_and_are_fitted_to_the_run() -> None:
     assert train.names == ("cat", "dog", "owl", "wolf")
     assert torch.equal(train.inputs[:, :, 1:9], given)
     assert not train.inputs[:, :, [0, 9]].any()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_pictures_are_images(mode: str) -> None:
+    """As a data set of torchvision's gives them, where nobody has them transformed."""
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 5, 4, *([3] if mode == "RGB" else [])), np.uint8)
+    pictures = [(Image.fromarray(each), index % 2) for index, each in enumerate(pixels)]
+    train, _ = load((pictures, pictures[:2]), (3, 5, 4), 2)
+    stacked = torch.from_numpy(pixels if mode == "RGB" else pixels[..., None].repeat(3, axis=3))
+    assert torch.equal(train.inputs, stacked.permute(0, 3, 1, 2))
+    assert train.labels.tolist() == [0, 1, 0, 1, 0, 1]
 
 
 class Short(Made):
