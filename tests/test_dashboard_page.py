@@ -251,6 +251,26 @@ def test_charts_are_drawn_and_follow_the_pointer(tab: Callable[[str], Tab]) -> N
         assert names.count() == 1, "a line that has no numbers is not named"
 
 
+def test_another_metric_is_called_by_its_name_and_is_no_share(tab: Callable[[str], Tab]) -> None:
+    told = [
+        {"name": "mypackage.goals:mae", "joined": value, "client_only": 2 * value} for value in (3.5, 1.25)
+    ]
+    lines = tuple(line(epoch, accuracy=None, metric=one) for epoch, one in enumerate(told, 1))
+    now = view(lines=lines, metric="mae")
+    with shown(lambda: now) as page:
+        open_one = tab(f"http://127.0.0.1:{page.port}")
+        open_one.wait_until(lambda: len(open_one.rows("accuracy-table")) == 2)
+        assert open_one.values("accuracy-table") == [[1, 3.5, 7.0], [2, 1.25, 2.5]]
+        open_one.wait_until(lambda: open_one.text("#accuracy").strip() == "1.2500")
+        assert open_one.text("#alone") == "client alone 2.5000"
+        assert open_one.text("#accuracy-title") == "Test mae"
+        assert open_one.text("#accuracy-chart .legend li:first-child b") == "1.2500"
+        named = open_one.page.locator("#accuracy-table caption").text_content()
+        assert named == "Test mae after each epoch that was scored"
+        assert "ccuracy" not in open_one.text("body")
+        assert open_one.complaints == []
+
+
 def test_tables_open_by_the_keyboard_and_are_named_for_who_listens(tab: Callable[[str], Tab]) -> None:
     now = view(lines=LINES)
     with shown(lambda: now) as page:

@@ -10,11 +10,13 @@ import pytest
 
 from common.errors import ConfigError
 from common.run import Run
-from dsl_server import trackers
+from dsl_server import terminal, trackers
+from dsl_server.metrics import metrics_of
 from dsl_server.server import Server
 from dsl_server.trackers import MLflow, TensorBoard, Tracker, Tracking, numbers_of, settings_of
 from tests.federation import Batches, federation, small_run
 from tests.programs import programs, refuses
+from tests.views import line, view
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -220,3 +222,17 @@ def test_a_lines_numbers_are_those_that_it_has() -> None:
         "wire": {"up": 7},
     }
     assert numbers_of(line) == {"seconds": 1.5, "wire/up": 7}
+
+
+def test_a_metric_of_the_runs_own_is_told_everywhere_by_its_name() -> None:
+    told = {"name": "mypackage.goals:mae", "joined": 1.25, "client_only": 2.5}
+    lines = (line(1, accuracy=None, metric=told),)
+    now = view(lines=lines, metric="mae")
+    assert numbers_of(lines[0])["test/metric/joined"] == 1.25
+    families = {family.name: family for family in metrics_of(now, "dsl-server")}
+    scores = {sample.labels["of"]: sample.value for sample in families["dsl_test_metric"].samples}
+    assert scores == {"joined": 1.25, "client_only": 2.5}
+    assert "dsl_test_accuracy" not in {
+        sample.name for family in families.values() for sample in family.samples
+    }
+    assert "mae 1.250" in terminal.line_of(now)

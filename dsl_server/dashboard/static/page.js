@@ -56,6 +56,8 @@ const losses = new Chart(at("loss-chart"), {
 });
 
 function showLines(lines) {
+  const other = lines.at(-1)?.test.metric; // lines may come before the first view
+  if (other) name(other.name.split(":").at(-1));
   const of = (pick) => lines.map((line) => pick(line) ?? null);
   const drawn = (value) => (value === null || value === undefined ? null : isShare() ? 100 * value : value);
   const at_ = of((line) => line.epoch);
