@@ -24,6 +24,12 @@ class Picture:
         yield from self._draw(options.max_width, options.height or console.height)
 
 
+def stage(epoch: int, epochs: int, done: float, left_s: float | None) -> str:
+    """How far it is, epochs counted from 0, and how long it will take."""
+    text = f"epoch {epoch + 1}/{epochs}  {100 * done:.0f}%"
+    return text if left_s is None else f"{text}  {duration(left_s)} left"
+
+
 def heading(program: str, about: str, done: float, after: str, width: int) -> Table:
     """One line: the program and what it is at, a bar of the fraction that is done, a few words after it."""
     grid = Table.grid(padding=(0, 2), expand=True)

@@ -118,7 +118,7 @@ def _samples(options: Options, ended: "Ended[ClientPart]", device: "torch.device
     if not 1 <= size <= run.batch_size:
         raise ConfigError(f"--batch-size {size}: choose 1 to {run.batch_size}, the run's")
     if options.images:
-        return samples.of_pictures(options.images, run, size, device)
+        return samples.of_pictures(options.images, ended, size, device)
     if options.data:
         return samples.of_source(options.data, options.split, ended, size, device)
     return samples.of_run(ended, size, device)

@@ -39,11 +39,14 @@ class Samples:
     classes: tuple[str, ...] = ()
 
 
-def of_pictures(paths: Sequence[Path], run: Run, size: int, device: torch.device) -> Samples:
+def of_pictures(paths: Sequence[Path], ended: Ended[ClientPart], size: int, device: torch.device) -> Samples:
     """Of files, of folders (and those within), and of npz files with an array `images`.
 
     Raises ConfigError where there are none; later for one that cannot be read.
     """
+    run, (shape, _, dtype) = ended.run, _wanted(ended)
+    if (shape, dtype) != (tuple(run.image_shape), torch.float32):
+        raise ConfigError(f"{ended.folder}: its network takes {list(shape)}, and no pictures; say --data")
     archives = [path for path in paths if path.suffix == ".npz"]
     files = [file for path in paths if path not in archives for file in _files(path)]
     arrays = [(path, _archive(path, run.image_shape)) for path in archives]

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from rich.console import RenderableType
 from rich.text import Text
 
-from common.picture import Picture, compact, duration, heading, number, table, totals
+from common.picture import Picture, compact, heading, number, stage, table, totals
 from common.progress import megabytes
 from dsl_client.watch import State, View
 
@@ -44,7 +44,9 @@ def line_of(view: View) -> str:
 def picture_of(view: View, program: str) -> Picture:
     def draw(width: int, height: int) -> Iterable[RenderableType]:
         about = f"{view.client} of {view.clients}  {view.method} on {view.model} cut at {view.place}"
-        yield heading(program, about, view.done, _stage(view), width)
+        yield heading(
+            program, about, view.done, stage(view.epoch, view.epochs, view.done, view.left_s), width
+        )
         yield totals([f"{view.samples:,} samples", score_of(view.metric, view.score, view.alone)], width)
         yield table(_COLUMNS, [_row(view)], width, left=1)
 
@@ -59,11 +61,6 @@ def score_of(metric: str, score: float | None, alone: float | None) -> str:
 def bytes_of(view: View) -> str:
     up, down = (sum(view.wire[direction].values()) for direction in ("up", "down"))
     return f"up {megabytes(up)}  down {megabytes(down)}"
-
-
-def _stage(view: View) -> str:
-    stage = f"epoch {view.epoch + 1}/{view.epochs}  {100 * view.done:.0f}%"
-    return stage if view.left_s is None else f"{stage}  {duration(view.left_s)} left"
 
 
 def _row(view: View) -> list[str | Text]:

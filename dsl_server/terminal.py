@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from rich.console import RenderableType
 from rich.text import Text
 
-from common.picture import NONE, Picture, compact, duration, heading, number, table, totals
+from common.picture import NONE, Picture, compact, duration, heading, number, stage, table, totals
 from common.progress import megabytes
 from dsl_server.watch import ClientView, State, View
 
@@ -47,7 +47,9 @@ def line_of(view: View) -> str:
 def picture_of(view: View, program: str) -> Picture:
     def draw(width: int, height: int) -> Iterable[RenderableType]:
         about = f"{view.method} on {view.model} cut at {view.place}"
-        yield heading(program, about, view.done, _stage(view), width)
+        yield heading(
+            program, about, view.done, stage(view.epoch, view.epochs, view.done, view.left_s), width
+        )
         items = [f"clients {view.here}/{view.clients_expected}", *_totals(view, view.rate)]
         yield totals(items, width)
         shown = those_that_matter(view.clients, max(1, min(MOST_ROWS, height - _OTHER_LINES)))
@@ -81,12 +83,6 @@ def _totals(view: View, rate: float) -> list[str]:
         f"up {megabytes(up)}",
         f"down {megabytes(down)}",
     ]
-
-
-def _stage(view: View) -> str:
-    """How far it is, and how long it will take."""
-    stage = f"epoch {view.epoch + 1}/{view.epochs}  {100 * view.done:.0f}%"
-    return stage if view.left_s is None else f"{stage}  {duration(view.left_s)} left"
 
 
 def _row(client: ClientView, epochs: int) -> list[str | Text]:

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,14 @@ import torch
 from PIL import Image
 from torch.utils.data import TensorDataset
 
+from common.ended import Ended
 from common.errors import ClosedError, ConfigError, RefusedError, SplitLearningError
+from common.methods import build_method
+from common.nets.cut import build
+from common.parts import client_part
 from common.run import Run
 from common.wire import split_learning_pb2 as pb
+from dsl_client import samples
 from dsl_client.batches import Batches, limited, normalise
 from dsl_client.client import Client
 from dsl_client.data import Dataset, load
@@ -264,7 +270,7 @@ def test_an_npz_has_tokens_or_numbers_as_inputs(tmp_path: Path) -> None:
         for split in ("train", "test")
         for kind, a in (("inputs", tokens), ("labels", labels))
     }
-    np.savez(tmp_path / "set.npz", allow_pickle=True, **arrays, classes=np.array(["ham", "spam"]))
+    np.savez(tmp_path / "set.npz", allow_pickle=False, **arrays, classes=np.array(["ham", "spam"]))
     source = f"npz:{tmp_path / 'set.npz'}"
     train, test = load(source, (6,), 2, torch.int64)
     np.testing.assert_array_equal(train.inputs.numpy(), tokens)
@@ -272,7 +278,7 @@ def test_an_npz_has_tokens_or_numbers_as_inputs(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"set.npz: one sample of train_inputs is int64"):
         load(source, (3, 32, 32), 2)
     del arrays["test_inputs"]
-    np.savez(tmp_path / "set.npz", allow_pickle=True, **arrays)
+    np.savez(tmp_path / "set.npz", allow_pickle=False, **arrays)
     with pytest.raises(ConfigError, match=r"set.npz has no test_inputs; write one"):
         load(source, (6,), 2, torch.int64)
 
@@ -504,3 +510,24 @@ def test_more_names_than_classes_are_refused(names: list[str], tmp_path: Path) -
         with refused(Code.FAILED_PRECONDITION):
             describe(client, ["a"], "0" * 32)
         describe(client, ["a", "b"], client.session)
+
+
+@pytest.mark.parametrize(
+    ("settings", "takes", "words"),
+    [
+        (
+            {"targets": "float:2", "loss": "mse", "metric": "mae"},
+            (torch.float32, (3, 8, 8)),
+            "learned numbers",
+        ),
+        ({}, (torch.int64, (12,)), r"takes \[12\], and no pictures"),
+    ],
+)
+def test_pictures_are_predicted_by_classifiers_of_pictures_alone(
+    settings: dict[str, Any], takes: tuple[torch.dtype, tuple[int, ...]], words: str, tmp_path: Path
+) -> None:
+    run = small_run(**settings)
+    method, net = build_method(run), replace(build(run), takes=takes)
+    ended = Ended(tmp_path, run, method, net, (4,), client_part(run, method, net, CPU), "")
+    with pytest.raises(ConfigError, match=words):
+        samples.of_pictures([tmp_path], ended, 4, CPU)
