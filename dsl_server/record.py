@@ -60,7 +60,7 @@ class Record:
         self._written: set[int] = set()  # epochs that have their line
         self.lines: tuple[Mapping[str, Any], ...] = ()  # of metrics.jsonl
         self._lost: set[int] = set()
-        self._measurements: list[pb.Measurements] = []
+        self._measurements: dict[int, pb.Measurements] = {}  # by client
         self._loss_sum, self._loss_samples = 0.0, 0
         self._facts: list[Mapping[str, float]] = []  # since the last line
         self.samples_trained = self.samples_replayed = self.steps_skipped = 0
@@ -108,6 +108,13 @@ class Record:
                 self._loss_sum += weight * loss
                 self._loss_samples += weight
 
+    def averaged(self, epoch: int, samples: Mapping[int, int]) -> None:
+        """Parts were averaged of a network that is whole at the clients: its samples are known only so."""
+        for client, own in samples.items():
+            self.began(client, epoch, 0, 1)  # and ended
+            self.trained(own, None, {})
+            self.tally.trained(client, own, None)
+
     def evaluated(self, client: int, epoch: int, evaluation: Evaluation) -> None:
         """Adds a client's evaluation; the last client's of an epoch makes its line in metrics.jsonl."""
         self.tally.told(client, evaluation.client_loss)
@@ -122,11 +129,11 @@ class Record:
             self._lost.add(client)
             self._write_lines()
 
-    def left(self, measurements: pb.Measurements) -> None:
+    def left(self, client: int, measurements: pb.Measurements) -> None:
         """Called while the client's connection is still there: later the kernel knows nothing of it."""
         self._sockets.read()
         with self._lock:
-            self._measurements.append(measurements)
+            self._measurements[client] = measurements  # told again, it counts once
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""
@@ -141,7 +148,8 @@ class Record:
                 "lines": len(self.lines),
                 "written": sorted(self._written),
                 "measurements": [
-                    MessageToDict(m, preserving_proto_field_name=True) for m in self._measurements
+                    [client, MessageToDict(measured, preserving_proto_field_name=True)]
+                    for client, measured in self._measurements.items()
                 ],
                 "loss": [self._loss_sum, self._loss_samples, self.loss],
                 "facts": list(map(dict, self._facts)),
@@ -159,7 +167,9 @@ class Record:
             self._epochs.setdefault(epoch, {})[client] = Evaluation(**evaluation)
         self._written, self._lost = set(state["written"]), set(lost)
         self.lines = tuple(self._folder.cut_metrics(state["lines"]))
-        self._measurements = [ParseDict(known, pb.Measurements()) for known in state["measurements"]]
+        self._measurements = {
+            client: ParseDict(known, pb.Measurements()) for client, known in state["measurements"]
+        }
         self._loss_sum, self._loss_samples, self.loss = state["loss"]
         self._facts = list(state["facts"])
         self.samples_trained, self.samples_replayed, self.steps_skipped = state["counts"]
@@ -185,7 +195,7 @@ class Record:
             "wire": {**self._traffic.by_kind(), "socket": self._sockets.counts()},
             "seconds": {"wall": self.seconds, "client": self._client_seconds(), "server": self.phases()},
             "peak_bytes": {
-                "client": max((m.peak_bytes for m in self._measurements), default=0),
+                "client": max((m.peak_bytes for m in self._measurements.values()), default=0),
                 "server": peak_bytes(self._device) if self._alone else 0,
             },
             **({"memory": self._memory(self._gauge)} if self._gauge else {}),
@@ -195,12 +205,16 @@ class Record:
 
     def _client_seconds(self) -> dict[str, float]:
         n = max(1, len(self._measurements))
-        return {phase: sum(m.seconds[phase] for m in self._measurements) / n for phase in _CLIENT_PHASES}
+        return {
+            phase: sum(m.seconds[phase] for m in self._measurements.values()) / n for phase in _CLIENT_PHASES
+        }
 
     def _memory(self, gauge: Gauge) -> dict[str, int]:
         """Live bytes: the largest client's peak, the server's, and the most that a client held while it
         waited for an answer."""
-        theirs = {name: max((m.memory[name] for m in self._measurements), default=0) for name in _INSTANTS}
+        theirs = {
+            name: max((m.memory[name] for m in self._measurements.values()), default=0) for name in _INSTANTS
+        }
         return {"client": theirs["peak"], "server": gauge.peak, "held": theirs["held"]}
 
     def phases(self) -> dict[str, float]:

@@ -38,7 +38,8 @@ class Member:
 
 
 class Rounds:
-    """on_lost: told of each member that the run goes on without, and why.
+    """on_lost: told of each member that the run goes on without, and why. on_average: told with each average,
+    while nothing else can change here, of its epoch and by client of the samples behind each part.
 
     ledger: of a run that goes on after a checkpoint; else a new one.
     """
@@ -48,10 +49,11 @@ class Rounds:
         run: Run,
         on_close: Callable[[ClosedError], None] = lambda _: None,
         on_lost: Callable[[int, ClosedError], None] = lambda *_: None,
+        on_average: Callable[[int, dict[int, int]], None] = lambda *_: None,
         ledger: Ledger | None = None,
     ) -> None:
         self._run = run
-        self._on_close, self._on_lost = on_close, on_lost
+        self._on_close, self._on_lost, self._on_average = on_close, on_lost, on_average
         self.ledger = ledger or Ledger(run.clients)
         self._receiving = set[int]()  # clients that have an open segment
         self._floors: dict[int, int] = {}  # client to the number that it need not keep
@@ -290,9 +292,8 @@ class Rounds:
         if account.applied.sequence < sequence:
             raise ClosedError(account.lost)
 
-    def average(self, member: Member, epoch: int, part: State, samples: int) -> tuple[State, bool]:
-        """The mean of the clients' parts of this epoch, once all have come from those that remain; and
-        whether the member had given its part for the first time.
+    def average(self, member: Member, epoch: int, part: State, samples: int) -> State:
+        """The mean of the clients' parts of this epoch, once all have come from those that remain.
 
         The part of a client that was lost after it gave it counts. Raises WireError where another epoch's is
         due, or samples is below 1.
@@ -308,7 +309,7 @@ class Rounds:
                 last = min((due + 1) * self._run.sync_every, self._run.epochs) - 1
                 raise WireError(f"{member}: the average of epoch {last} is due, not {epoch}")
             if number < due:
-                return self._average, False  # it had been made when its client went away
+                return self._average  # it had been made when its client went away
             self._parts[member.client] = (part, samples)
             self._changed.notify_all()
             with self._waits_for_others(member):
@@ -316,10 +317,11 @@ class Rounds:
             if self._averages_made == number:  # the first to wake makes it for all
                 ordered = [self._parts[client] for client in sorted(self._parts)]
                 self._average = average([p for p, _ in ordered], [n for _, n in ordered])
+                self._on_average(epoch, {client: n for client, (_, n) in self._parts.items()})
                 self._parts.clear()
                 self._averages_made += 1
                 self._changed.notify_all()
-            return self._average, not again  # the next one cannot be made before this member has come back
+            return self._average  # the next one cannot be made before this member has come back
 
     def take_turn(self, member: Member, epoch: int) -> State:
         """Waits for the member's turn; the part of the client before it, empty at the first turn. Raises
@@ -347,6 +349,12 @@ class Rounds:
             self._relayed = part
             self._turn += 1
             self._changed.notify_all()
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """Nothing changes here meanwhile."""
+        with self._changed:
+            yield
 
     def state(self) -> tuple[State, dict[str, Any]]:
         """What a checkpoint holds of it: tensors, and facts. An average that is being made is not of it: its

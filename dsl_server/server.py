@@ -21,7 +21,7 @@ from common.errors import ClosedError, ConfigError, SplitLearningError, StaleErr
 from common.live import Gauge
 from common.meter import Clock, Traffic
 from common.methods import build_method, settled
-from common.methods.base import Gather
+from common.methods.base import Gather, Tail
 from common.methods.hosting import Hosting
 from common.parts import (
     Spec,
@@ -118,7 +118,7 @@ class Server:
         ledger = Ledger(run.clients, binding=binding)
         if saved:
             ledger = Ledger.restored(run.clients, saved.facts["rounds"]["ledger"], binding)
-        self.rounds = Rounds(run, self._close, self._lose, ledger)
+        self.rounds = Rounds(run, self._close, self._lose, self._averaged, ledger)
         self.sockets = Sockets()
         self.record = Record(
             run,
@@ -264,9 +264,15 @@ class Server:
         self.record.tally.trained(job.client, len(job.batch.z), loss)
         self._saver.stir()
 
+    def _averaged(self, epoch: int, samples: Mapping[int, int]) -> None:
+        if self.method.tail is Tail.ALL:  # else they were counted with their batches
+            self.record.averaged(epoch, samples)
+
     def _captured(self) -> tuple[State, dict[str, Any]]:
         """All that a server needs to go on from here. By the trainer's thread, between two steps."""
-        meeting, rounds = self.rounds.state()
+        with self.rounds.still():  # whose averages the record counts
+            meeting, rounds = self.rounds.state()
+            record = self.record.state()
         answers, answered = self._intake.state()
         tensors = {
             **under("hosting", self.hosting.state()),
@@ -277,7 +283,7 @@ class Server:
             "run": asdict(self.run),
             "rounds": rounds,
             "answered": answered,
-            "record": self.record.state(),
+            "record": record,
         }
         return tensors, facts
 

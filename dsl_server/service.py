@@ -234,11 +234,7 @@ class Service:
         head, part = codec.unpack_weights(first, requests, specs)
         answer: State = {}
         if head.purpose == pb.SYNC_PURPOSE_AVERAGE and self._run.sync == "average" and part:
-            answer, news = self._rounds.average(member, head.epoch, part, head.samples)
-            if self._method.tail is Tail.ALL and news:  # the server sees no batch of these
-                self._record.began(member.client, head.epoch, 0, 1)  # and ended
-                self._record.trained(head.samples, None, {})
-                self._record.tally.trained(member.client, head.samples, None)
+            answer = self._rounds.average(member, head.epoch, part, head.samples)
         elif head.purpose == pb.SYNC_PURPOSE_TAKE_TURN and self._run.sync == "relay":
             answer = self._rounds.take_turn(member, head.epoch)
         elif head.purpose == pb.SYNC_PURPOSE_END_TURN and self._run.sync == "relay" and part:
@@ -324,7 +320,7 @@ class Service:
             raise WireError(f"{member}: measured seconds that are none")
         if member.account.identity:  # it comes back no more: what came of it must not be forgotten
             self._rounds.wait_until_applied(member.client, member.account.received.sequence)
-        self._record.left(request.measurements)
+        self._record.left(member.client, request.measurements)
         self._audit("left", context.peer(), member.name)
         self._rounds.leave(member)
         self._saver.commit()

@@ -163,7 +163,7 @@ def test_the_average_is_the_mean_weighted_by_samples() -> None:
         )
     ]
     for each in waiting:
-        mean, _ = each.result(timeout=5)
+        mean = each.result(timeout=5)
         # (10 * 1 + 30 * 2 + 60 * 6) / 100 = 4.3; the counter cannot be averaged: the largest stands.
         assert torch.allclose(mean["w"], torch.tensor([4.3, 8.6]))
         assert mean["w"].dtype is torch.float32
@@ -178,7 +178,7 @@ def test_an_average_waits_for_every_client() -> None:
     assert waits(first)
     assert waits(second)
     rounds.average(members[1], 0, part(6.0), 1)
-    assert first.result(timeout=5)[0]["w"][0] == second.result(timeout=5)[0]["w"][0] == 3.0
+    assert first.result(timeout=5)["w"][0] == second.result(timeout=5)["w"][0] == 3.0
 
 
 def test_the_average_does_not_depend_on_who_comes_first() -> None:
@@ -193,7 +193,7 @@ def test_the_average_does_not_depend_on_who_comes_first() -> None:
             waiting.append(in_thread(rounds.average, members[client], 0, part(weights[client]), client + 1))
             if client != order[-1]:
                 assert waits(waiting[-1], 0.02)
-        means.append(waiting[0].result(timeout=5)[0]["w"])
+        means.append(waiting[0].result(timeout=5)["w"])
     assert torch.equal(means[0], means[1])
     assert torch.equal(means[0], means[2])
 
@@ -211,8 +211,8 @@ def test_averages_follow_one_another_epoch_by_epoch() -> None:
     ann, bob = joined(rounds, "ann"), joined(rounds, "bob")
     for epoch in range(3):
         other = in_thread(rounds.average, ann, epoch, part(1.0 + epoch), 1)
-        mean, _ = rounds.average(bob, epoch, part(3.0 + epoch), 1) if waits(other) else ({}, False)
-        assert mean["w"][0] == other.result(timeout=5)[0]["w"][0] == 2.0 + epoch
+        mean = rounds.average(bob, epoch, part(3.0 + epoch), 1) if waits(other) else {}
+        assert mean["w"][0] == other.result(timeout=5)["w"][0] == 2.0 + epoch
     with pytest.raises(WireError, match="the average of epoch 3 is due, not 2"):
         rounds.average(ann, 2, part(1.0), 1)
 
@@ -423,7 +423,7 @@ def test_a_loss_completes_the_average() -> None:
     assert all(waits(each) for each in waiting)
     rounds.lost(cid.account)
     for each in waiting:
-        assert each.result(timeout=5)[0]["w"][0] == 4.0  # (1 * 1 + 3 * 5) / 4
+        assert each.result(timeout=5)["w"][0] == 4.0  # (1 * 1 + 3 * 5) / 4
     with pytest.raises(ClosedError, match="cid"):
         rounds.average(cid, 1, part(1.0), 1)
 
@@ -437,9 +437,9 @@ def test_the_part_that_a_lost_client_gave_before_counts_this_time_only() -> None
     rounds.lost(cid.account)
     assert isinstance(lost.exception(timeout=5), ClosedError)
     assert waits(first), "bob remains"
-    assert rounds.average(bob, 0, part(2.0), 1)[0]["w"][0] == first.result(timeout=5)[0]["w"][0] == 4.0
+    assert rounds.average(bob, 0, part(2.0), 1)["w"][0] == first.result(timeout=5)["w"][0] == 4.0
     second = in_thread(rounds.average, ann, 1, part(1.0), 1)
-    assert rounds.average(bob, 1, part(2.0), 1)[0]["w"][0] == second.result(timeout=5)[0]["w"][0] == 1.5
+    assert rounds.average(bob, 1, part(2.0), 1)["w"][0] == second.result(timeout=5)["w"][0] == 1.5
 
 
 def test_an_average_waits_for_clients_that_are_still_to_join() -> None:
@@ -448,8 +448,8 @@ def test_an_average_waits_for_clients_that_are_still_to_join() -> None:
     first = in_thread(rounds.average, ann, 0, part(1.0), 1)
     rounds.lost(bob.account)
     assert waits(first)
-    assert rounds.average(joined(rounds, "cid"), 0, part(3.0), 1)[0]["w"][0] == 2.0
-    assert first.result(timeout=5)[0]["w"][0] == 2.0
+    assert rounds.average(joined(rounds, "cid"), 0, part(3.0), 1)["w"][0] == 2.0
+    assert first.result(timeout=5)["w"][0] == 2.0
 
 
 @pytest.mark.parametrize("attempt", range(20))
@@ -463,7 +463,7 @@ def test_a_loss_that_races_with_the_last_part_leaves_no_one_waiting(attempt: int
         elif epoch == 0:
             given.append(in_thread(rounds.average, members[2], epoch, part(2.0), 1))
         for each in given:
-            assert each.result(timeout=5)[0]["w"][0] == 2.0
+            assert each.result(timeout=5)["w"][0] == 2.0
 
 
 def test_of_every_second_epoch_an_average_is_due_and_of_the_last() -> None:
@@ -634,20 +634,23 @@ def begin(rounds: Rounds, member: Member) -> None:
 
 
 def test_a_part_that_is_given_again_counts_once_and_an_average_that_was_made_is_had_again() -> None:
-    rounds = lasting(2, sync="average")
+    told = list[tuple[int, dict[int, int]]]()
+    run = small_run(clients=2, sync="average", checkpoint_every=1.0)
+    rounds = Rounds(run, on_average=lambda *average: told.append(average))
     ann, bob = joined(rounds, "ann", identity=ANN), joined(rounds, "bob", identity="b" * 32)
     first = in_thread(rounds.average, ann, 0, part(1.0), 1)
     assert waits(first)
     ann = again(rounds, ann)
     second = in_thread(rounds.average, ann, 0, part(1.0), 1)
     assert waits(second)
-    mean, news = rounds.average(bob, 0, part(3.0), 1)
-    assert (mean["w"][0].item(), news) == (2.0, True)
-    mean, news = second.result(timeout=5)
-    assert (mean["w"][0].item(), news) == (2.0, False)
+    mean = rounds.average(bob, 0, part(3.0), 1)
+    assert mean["w"][0].item() == 2.0
+    mean = second.result(timeout=5)
+    assert mean["w"][0].item() == 2.0
     ann = again(rounds, ann)
-    mean, news = rounds.average(ann, 0, part(1.0), 1)
-    assert (mean["w"][0].item(), news) == (2.0, False)
+    mean = rounds.average(ann, 0, part(1.0), 1)
+    assert mean["w"][0].item() == 2.0
+    assert told == [(0, {0: 1, 1: 1})]
     with pytest.raises(WireError, match="the average of epoch 1 is due"):
         rounds.average(ann, 5, part(1.0), 1)
 
@@ -681,11 +684,11 @@ def test_what_was_averaged_and_handed_on_goes_on_after_a_checkpoint() -> None:
     after.restore(tensors, facts, names)
     ann, bob = again(after, ann), again(after, bob, identity="b" * 32)
     assert ann.account.received.sequence == 0, "it was not learned from"
-    mean, news = after.average(ann, 0, part(1.0), 1)
+    mean = after.average(ann, 0, part(1.0), 1)
     assert list(mean) == names
-    assert (mean["w"][0].item(), mean["num_batches_tracked"].item(), news) == (2.0, 5, False)
+    assert (mean["w"][0].item(), mean["num_batches_tracked"].item()) == (2.0, 5)
     waiting = in_thread(after.average, ann, 1, part(2.0), 1)
-    assert after.average(bob, 1, part(4.0), 1)[0]["w"][0] == waiting.result(timeout=5)[0]["w"][0] == 3.0
+    assert after.average(bob, 1, part(4.0), 1)["w"][0] == waiting.result(timeout=5)["w"][0] == 3.0
 
 
 def test_the_turn_goes_on_after_a_checkpoint() -> None:

@@ -265,6 +265,29 @@ def test_a2_a_server_that_dies_exactly(
     assert all(entry.isdecimal() for entry in left), left
 
 
+@pytest.mark.parametrize("name", ["dsl-average", "fedavg"])
+def test_a2_a_server_that_dies_after_a_checkpoint_has_the_average_that_nobody_was_told(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def disturb(life: Life) -> None:
+        point, server = Failpoint(0), life.server
+        assert server
+        whole = server.rounds.average
+
+        def average(*given: Any) -> Any:
+            made = whole(*given)
+            server._saver.commit()
+            point()
+            return made
+
+        monkeypatch.setattr(server.rounds, "average", average)
+        point.dies(life)
+        life.start(resume=True)
+
+    run = lasting(**SETTINGS[name])
+    check(live(run, tmp_path, shares(run), disturb), name)
+
+
 @pytest.mark.parametrize("persisted", [False, True], ids=["before", "after"])
 def test_a2_a_server_that_dies_when_a_join_is_persisted_has_no_ghost_in_its_place(
     persisted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
