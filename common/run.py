@@ -94,6 +94,9 @@ class Run:
     auto: as the method has it, none where it does not say."""
     sync_every: int = 1
     """Epochs from one average of the clients' parts to the next; there is one at the end in any case."""
+    sample_fraction: float = 1.0
+    """With --sync average: the fraction of the clients that train in a round, drawn anew for each by the
+    seed. The others sit it out."""
     data: str = "sample"
     """sample, fashion-mnist, cifar10, cifar100, npz:FILE, folder:DIR, or package.module:function, which gives
     two torch Datasets (docs/data.md). Only clients read it."""
@@ -284,6 +287,10 @@ class Run:
             raise ConfigError(f"--weight-decay {self.weight_decay} is not a number from 0 on")
         if not 0 <= self.warmup <= 1:
             raise ConfigError(f"--warmup {self.warmup} is not a fraction from 0 to 1")
+        if not 0 < self.sample_fraction <= 1:
+            raise ConfigError(
+                f"--sample-fraction {self.sample_fraction} is not a fraction above 0 and at most 1"
+            )
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"--momentum {self.momentum} is not in [0, 1)")
         if not 0 <= self.round_timeout < math.inf:

@@ -295,7 +295,7 @@ class Segment:
         size = sum(map(serialized_size, pieces))
         if size > most:  # so are the skips that it would have taken along
             self._skips = [piece for piece in pieces if piece.head.WhichOneof("head") == "skipped"]
-            self._skips.append(self._skipped(batch))
+            self._skips.append(self._skipped(len(batch.z)))
             return 0
         self._put(iter(pieces))
         return size
@@ -303,7 +303,12 @@ class Segment:
     def skip(self, batch: Smashed) -> None:
         """Does not send this batch, and waits for nothing: the server is told with the next one."""
         self._sequence += 1
-        self._skips.append(self._skipped(batch))
+        self._skips.append(self._skipped(len(batch.z)))
+
+    def sit_out(self, samples: int) -> None:
+        """Sends nothing of the epoch, of so many samples, and waits for nothing."""
+        self._sequence += 1
+        self._skips.append(self._skipped(samples))
 
     def flush(self) -> None:
         """Tells of what was skipped last now, rather than with the next batch."""
@@ -333,9 +338,9 @@ class Segment:
         pieces = codec.pack_batch(self._kind, self._sequence, batch, self._spec, self._client, choice)
         return chain(skips, pieces)
 
-    def _skipped(self, batch: Smashed) -> Piece[Any]:
-        skipped = pb.Skipped(sequence=self._sequence, samples=len(batch.z))
-        return Piece(pb.StreamActivationsRequest(skipped=skipped))
+    def _skipped(self, samples: int) -> Piece[Any]:
+        skipped = pb.Skipped(sequence=self._sequence, samples=samples)
+        return Piece(self._kind(skipped=skipped))
 
     def _wanted(self) -> bool:
         return self._method.answered(self._sequence - self._first)

@@ -26,6 +26,7 @@ from common.objective import ACCURACY, Loss, Metric, metric_of
 from common.optim import learning_rate, progress_of, set_learning_rate
 from common.parts import averaged_state, copied, head_state, load_state, specs, state_of
 from common.run import Run
+from common.sampling import drawn
 from common.wire import split_learning_pb2 as pb
 from common.wire.codec import BatchSpec
 from dsl_client.batches import Batches
@@ -134,7 +135,10 @@ class Trainer:
         if self._turn != epoch:
             self._take_turn(epoch)
         with self._clock("train"):
-            self._epoch(epoch, data, on_step)
+            if self._trains(epoch):
+                self._epoch(epoch, data, on_step)
+            else:
+                self._sit_out(epoch, data)
             if last:
                 self._connection.settle()  # so that this time includes the server's
         loss = None if self._total is None else self._total / data.samples
@@ -185,6 +189,19 @@ class Trainer:
             )
         if segment:
             segment.finish()
+
+    def _trains(self, epoch: int) -> bool:
+        return self._client in drawn(self._run, epoch)
+
+    def _sit_out(self, epoch: int, data: Batches) -> None:
+        """Others were drawn for the round: the server is told that nothing comes, if anything would have."""
+        if self._method.sent(epoch, len(data)) and not self._batch:  # else it has been told
+            stretch = Stretch(epoch, self.sequence + 1, 1, data.samples, self._method.first_epoch)
+            segment = self._connection.segment(stretch, self._spec, self._method, self._run.outbox)
+            segment.sit_out(data.samples)
+            segment.finish()
+            self.sequence = stretch.last_sequence
+        self._batch = len(data)
 
     def _send_once(self, data: Batches, step: ClientStep) -> None:
         """Sends every batch once, when all epochs are over, and waits until the server has it."""
@@ -309,10 +326,16 @@ class Trainer:
 
     def _average(self, epoch: int, samples: int) -> None:
         """samples: that the part was trained on since the last average."""
-        if self._run.averages(epoch):
-            state = averaged_state(self._part, self._method)
-            purpose = pb.SYNC_PURPOSE_AVERAGE
-            load_state(self._part, self._connection.sync(purpose, epoch, state, samples, specs(state)))
+        if not self._run.averages(epoch):
+            return
+        state = averaged_state(self._part, self._method)
+        given, expected, purpose = state, specs(state), pb.SYNC_PURPOSE_AVERAGE
+        if not self._trains(epoch):
+            last = epoch == self._run.epochs - 1
+            needed = last or self._trains(epoch + 1) or (self._run.evaluates(epoch) and self._scores(epoch))
+            purpose = pb.SYNC_PURPOSE_TAKE_AVERAGE if needed else pb.SYNC_PURPOSE_AWAIT_AVERAGE
+            given, samples = {}, 0
+        load_state(self._part, self._connection.sync(purpose, epoch, given, samples, expected))
 
     def _renew_head(self, epoch: int) -> None:
         """Takes the head that the server has made for this client, when one is due."""

@@ -16,6 +16,7 @@ from common.methods.hosting import Hosting
 from common.optim import learning_rate, progress_of, set_learning_rate
 from common.parts import average, averaged_state, head_state, load_state, state_of
 from common.run import Run
+from common.sampling import drawn
 
 
 class Source(Protocol):
@@ -60,7 +61,9 @@ def federate(
             if method.sent(epoch, 1):
                 server.end_round()
         if run.averages(epoch):
-            mean = average([averaged_state(part, method) for part in clients], [d.samples for d in data])
+            chosen = sorted(drawn(run, epoch))
+            parts = [averaged_state(clients[client], method) for client in chosen]
+            mean = average(parts, [data[client].samples for client in chosen])
             for part in clients:
                 load_state(part, mean)
         if method.new_head and (epoch + 1) % method.head_every == 0:
@@ -73,7 +76,8 @@ def federate(
 
 def ticks(run: Run, method: Method, data: Sequence[Source], epoch: int) -> Iterator[Tick]:
     """The fixed order of an epoch: one batch of every client that has any left, by index."""
-    loaded = [list(batches.epoch(epoch)) for batches in data]
+    chosen = drawn(run, epoch)
+    loaded = [list(each.epoch(epoch)) if client in chosen else [] for client, each in enumerate(data)]
     for index in range(max(map(len, loaded))):
         yield [
             _turn(run, method, client, batches, epoch, index)
@@ -162,9 +166,15 @@ def _turn(
         *batches[index],
         client_progress=here,
         server_progress=progress_of(run, epoch, place, len(sent), method.first_epoch),
-        sequence=(epoch - method.first_epoch) // method.epoch_every * len(sent) + place + 1,
+        sequence=_numbered_before(run, method, client, epoch, len(batches)) + place + 1,
         wanted=method.answered(place),
     )
+
+
+def _numbered_before(run: Run, method: Method, client: int, epoch: int, batches: int) -> int:
+    """How many numbers a client has given before this epoch: one for all of an epoch that it sat out."""
+    sending = (before for before in range(epoch) if method.sends(before))
+    return sum(len(method.sent(e, batches)) if client in drawn(run, e) else 1 for e in sending)
 
 
 def _relay(

@@ -21,6 +21,7 @@ from common.methods.base import Method, Tail, is_waypoint
 from common.optim import progress_of
 from common.parts import State
 from common.run import Run
+from common.sampling import drawn
 from common.wire import codec
 from common.wire import split_learning_pb2 as pb
 from common.wire.codec import Arrived, BatchSpec
@@ -72,12 +73,14 @@ class Intake:
     def jobs(self, member: Member, segment: pb.Segment, requests: Pieces) -> Iterator[tuple[Job, bool]]:
         """The jobs of an open segment, each checked, and whether each is fresh: else it has come before, and
         this is the job that it was. Raises WireError unless the segment holds what it declared."""
-        place, samples = segment.place, 0
+        place, samples, sits_out = segment.place, 0, member.client not in drawn(self._run, segment.epoch)
         end = segment.place + segment.batches
         for first in requests:
             batch, digest = None, 0
             if first.head.WhichOneof("head") == "skipped":
-                sequence, size = codec.unpack_skipped(first, self._spec)
+                sequence, size = codec.unpack_skipped(first, self._spec, whole=sits_out)
+            elif sits_out:
+                raise WireError(f"{member} sends in epoch {segment.epoch}, for whose round it was not drawn")
             else:
                 batch, digest = self._unpacked(first, requests)
                 sequence, size = batch.sequence, len(batch.z)

@@ -13,6 +13,7 @@ from typing import Any
 from common.errors import ClosedError, PlanError, RefusedError, SequenceError, StaleError, WireError
 from common.parts import State, average, copied, found_under, under
 from common.run import Run
+from common.sampling import drawn
 from dsl_server.ledger import Account, Ledger, Mark, Newcomer
 
 PATIENCE_S = 10.0  # how long a call waits for an earlier one of its client that has not begun
@@ -293,13 +294,25 @@ class Rounds:
             raise ClosedError(account.lost)
 
     def average(self, member: Member, epoch: int, part: State, samples: int) -> State:
-        """The mean of the clients' parts of this epoch, once all have come from those that remain.
+        """The mean of the clients' parts of this epoch, once all that remain have come.
 
         The part of a client that was lost after it gave it counts. Raises WireError where another epoch's is
-        due, or samples is below 1.
+        due, samples is below 1, or the member was not drawn for the round.
         """
         if samples < 1:
             raise WireError(f"{member}: a part trained on {samples} samples has no weight in an average")
+        if member.client not in drawn(self._run, epoch):
+            raise WireError(f"{member}: a part of epoch {epoch}, for whose round it was not drawn")
+        return self._meet(member, epoch, part, samples)
+
+    def await_average(self, member: Member, epoch: int) -> State:
+        """The same for who has sat the round out. Empty where nobody has ever given a part. Raises WireError
+        where the member was drawn."""
+        if member.client in drawn(self._run, epoch):
+            raise WireError(f"{member}: no part of epoch {epoch}, for whose round it was drawn")
+        return self._meet(member, epoch, {}, 0)
+
+    def _meet(self, member: Member, epoch: int, part: State, samples: int) -> State:
         with self._changed:
             self._check_open(member)
             number, due = epoch // self._run.sync_every, self._averages_made  # of averages before this one
@@ -315,9 +328,11 @@ class Rounds:
             with self._waits_for_others(member):
                 self._wait_for(lambda: self._averages_made > number or self._all_given(), member)
             if self._averages_made == number:  # the first to wake makes it for all
-                ordered = [self._parts[client] for client in sorted(self._parts)]
-                self._average = average([p for p, _ in ordered], [n for _, n in ordered])
-                self._on_average(epoch, {client: n for client, (_, n) in self._parts.items()})
+                given = {client: n for client, (_, n) in sorted(self._parts.items()) if n}
+                if given:  # else all who were drawn are lost, and the one before stands
+                    parts = [self._parts[client][0] for client in given]
+                    self._average = average(parts, list(given.values()))
+                self._on_average(epoch, given)
                 self._parts.clear()
                 self._averages_made += 1
                 self._changed.notify_all()
@@ -413,7 +428,7 @@ class Rounds:
                 self._meeting.discard(member.client)
 
     def _all_given(self) -> bool:
-        """Whether every client that remains, or is still to join, has given its part of this average."""
+        """Whether every client that remains, or is still to join, has come to this average."""
         gone = {account.client for account in self.ledger.accounts if account.gone}
         return all(client in self._parts or client in gone for client in range(self._run.clients))
 

@@ -50,6 +50,7 @@ from dsl_server.tally import Tally
 
 Context = grpc.ServicerContext
 _TRAINED = ClosedError("this batch was trained on")
+_SITTING_OUT = (pb.SYNC_PURPOSE_TAKE_AVERAGE, pb.SYNC_PURPOSE_AWAIT_AVERAGE)
 # What each error of ours is called on the wire; the first that fits counts.
 STATUS: tuple[tuple[type[SplitLearningError], grpc.StatusCode], ...] = (
     (SequenceError, grpc.StatusCode.ABORTED),
@@ -235,6 +236,10 @@ class Service:
         answer: State = {}
         if head.purpose == pb.SYNC_PURPOSE_AVERAGE and self._run.sync == "average" and part:
             answer = self._rounds.average(member, head.epoch, part, head.samples)
+        elif head.purpose in _SITTING_OUT and self._run.sync == "average" and not part:
+            self._record.began(member.client, head.epoch, 1, 1)  # and ended
+            average = self._rounds.await_average(member, head.epoch)
+            answer = average if head.purpose == pb.SYNC_PURPOSE_TAKE_AVERAGE else {}
         elif head.purpose == pb.SYNC_PURPOSE_TAKE_TURN and self._run.sync == "relay":
             answer = self._rounds.take_turn(member, head.epoch)
         elif head.purpose == pb.SYNC_PURPOSE_END_TURN and self._run.sync == "relay" and part:

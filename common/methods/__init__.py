@@ -94,6 +94,7 @@ def settled(run: Run) -> Run:
             f"--sync-every {run.sync_every}: {run.method} with --sync {sync} meets after every epoch; leave "
             "it out"
         )
+    _check_sampling(replace(run, sync=sync), method)
     _check_objective(run, method)
     travel = Travel.of(run.codec, run.seed)  # raises where there is no such codec
     if run.lasts and (travel.activations.feedback or travel.gradients.feedback):
@@ -111,6 +112,22 @@ def settled(run: Run) -> Run:
             f"--quorum {run.quorum}: a relay needs all of its {run.clients} clients; leave the flag out"
         )
     return replace(run, sync=sync, fixed_order=run.fixed_order or run.deterministic)
+
+
+def _check_sampling(run: Run, method: Method) -> None:
+    """Raises ConfigError where clients are to sit rounds out, and there are none, or all must be there."""
+    if run.sample_fraction == 1:
+        return
+    given = f"--sample-fraction {run.sample_fraction:g}"
+    if run.sync != "average":
+        raise ConfigError(
+            f"{given}: only rounds that end with an average of the clients' parts can be sat out; say --sync "
+            f"average, where {run.method} with --clients {run.clients} allows it, or leave the flag out"
+        )
+    if method.new_head or method.afterwards:
+        raise ConfigError(f"{given}: {run.method} needs every client in every round; leave the flag out")
+    if run.budget:
+        raise ConfigError(f"{given} and --budget: clients plan by epochs that they train in; say one")
 
 
 def _check_objective(run: Run, method: Method) -> None:

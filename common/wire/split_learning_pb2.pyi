@@ -14,6 +14,8 @@ class SyncPurpose(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SYNC_PURPOSE_TAKE_TURN: _ClassVar[SyncPurpose]
     SYNC_PURPOSE_END_TURN: _ClassVar[SyncPurpose]
     SYNC_PURPOSE_TAKE_HEAD: _ClassVar[SyncPurpose]
+    SYNC_PURPOSE_TAKE_AVERAGE: _ClassVar[SyncPurpose]
+    SYNC_PURPOSE_AWAIT_AVERAGE: _ClassVar[SyncPurpose]
 
 class Codec(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -44,6 +46,8 @@ SYNC_PURPOSE_AVERAGE: SyncPurpose
 SYNC_PURPOSE_TAKE_TURN: SyncPurpose
 SYNC_PURPOSE_END_TURN: SyncPurpose
 SYNC_PURPOSE_TAKE_HEAD: SyncPurpose
+SYNC_PURPOSE_TAKE_AVERAGE: SyncPurpose
+SYNC_PURPOSE_AWAIT_AVERAGE: SyncPurpose
 CODEC_UNSPECIFIED: Codec
 CODEC_FP32: Codec
 CODEC_FP16: Codec
@@ -239,18 +243,20 @@ class StreamActivationsResponse(_message.Message):
     def __init__(self, applied: _Optional[int] = ...) -> None: ...
 
 class TrainRequest(_message.Message):
-    __slots__ = ("segment", "batch", "gradient", "of_gradient", "data")
+    __slots__ = ("segment", "batch", "gradient", "skipped", "of_gradient", "data")
     SEGMENT_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_FIELD_NUMBER: _ClassVar[int]
+    SKIPPED_FIELD_NUMBER: _ClassVar[int]
     OF_GRADIENT_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     segment: Segment
     batch: Batch
     gradient: Gradient
+    skipped: Skipped
     of_gradient: bool
     data: bytes
-    def __init__(self, segment: _Optional[_Union[Segment, _Mapping]] = ..., batch: _Optional[_Union[Batch, _Mapping]] = ..., gradient: _Optional[_Union[Gradient, _Mapping]] = ..., of_gradient: _Optional[bool] = ..., data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, segment: _Optional[_Union[Segment, _Mapping]] = ..., batch: _Optional[_Union[Batch, _Mapping]] = ..., gradient: _Optional[_Union[Gradient, _Mapping]] = ..., skipped: _Optional[_Union[Skipped, _Mapping]] = ..., of_gradient: _Optional[bool] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class TrainResponse(_message.Message):
     __slots__ = ("gradient", "output", "of_output", "data")
