@@ -73,7 +73,15 @@ class Connection:
         self._name, self._patience = name, patience
         if self.memory.run_id:  # it is in the middle of a run, whose server may be about to come back
             return self._join_again(takeover)
-        return self._join(takeover)
+        end = time.monotonic() + patience
+        try:
+            return self._join(takeover)
+        except RefusedError:
+            raise
+        except ClosedError:  # so may one be that went away while it was asked
+            if time.monotonic() >= end:
+                raise
+        return self._join_again(takeover)
 
     def begin(self, run: Run, method: Method) -> None:
         """Before anything is sent: whether the run lasts, and so what is kept."""

@@ -24,7 +24,7 @@ from common.methods.base import (
 )
 from common.objective import ACCURACY, Loss, Metric, metric_of
 from common.optim import learning_rate, progress_of, set_learning_rate
-from common.parts import averaged_state, copied, head_state, load_state, specs, state_of
+from common.parts import State, averaged_state, copied, head_state, load_state, specs, state_of
 from common.run import Run
 from common.sampling import drawn
 from common.wire import split_learning_pb2 as pb
@@ -328,14 +328,19 @@ class Trainer:
         """samples: that the part was trained on since the last average."""
         if not self._run.averages(epoch):
             return
-        state = averaged_state(self._part, self._method)
-        given, expected, purpose = state, specs(state), pb.SYNC_PURPOSE_AVERAGE
-        if not self._trains(epoch):
-            last = epoch == self._run.epochs - 1
-            needed = last or self._trains(epoch + 1) or (self._run.evaluates(epoch) and self._scores(epoch))
-            purpose = pb.SYNC_PURPOSE_TAKE_AVERAGE if needed else pb.SYNC_PURPOSE_AWAIT_AVERAGE
-            given, samples = {}, 0
-        load_state(self._part, self._connection.sync(purpose, epoch, given, samples, expected))
+        state, given = averaged_state(self._part, self._method), State()
+        if self._trains(epoch):
+            given, purpose = state, pb.SYNC_PURPOSE_AVERAGE
+        elif self._needs_average(epoch):
+            samples, purpose = 0, pb.SYNC_PURPOSE_TAKE_AVERAGE
+        else:
+            samples, purpose = 0, pb.SYNC_PURPOSE_AWAIT_AVERAGE
+        load_state(self._part, self._connection.sync(purpose, epoch, given, samples, specs(state)))
+
+    def _needs_average(self, epoch: int) -> bool:
+        """Whether this client, which has not trained, uses the part before it gets the next one."""
+        last = epoch == self._run.epochs - 1
+        return last or self._trains(epoch + 1) or (self._run.evaluates(epoch) and self._scores(epoch))
 
     def _renew_head(self, epoch: int) -> None:
         """Takes the head that the server has made for this client, when one is due."""
