@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the images and runs the compose files to the end; the containers' own counts of bytes beside the programs'.
 #   docker/test.sh              as root; needs docker.io, docker-compose, debootstrap and kubectl, no registry of images
-#   docker/test.sh plain tls    of its runs (plain, tls, crash, monitoring, pods) these alone
+#   docker/test.sh plain tls    of its runs (plain, tls, crash, monitoring, pods, ranks) these alone
 #   BASE=IMAGE docker/test.sh   on another base image than one that debootstrap makes here
 # PYTHON (python3) needs PyYAML. What is made is removed, but for the image of the base, test-base, and the builder's
 # cache: docker image prune.
@@ -31,7 +31,7 @@ tidy() {
         CERTS=$work CLIENT_CERTS=$work COUNTED=$work compose --project-name "$project" --profile monitoring \
             down --volumes --timeout 1 > /dev/null 2>&1
     done
-    docker rm --force dsl-test-pods-{dsl-server,client-0,client-1,client-2} > /dev/null 2>&1
+    docker rm --force dsl-test-pods-{dsl-server,dsl-server-0,dsl-server-1,client-0,client-1,client-2} > /dev/null 2>&1
     docker image rm --no-prune dsl-server:test dsl-client:test test-prometheus > /dev/null 2>&1
     rm -rf "$work"
     [ -z "$daemon" ] || kill "$daemon"
@@ -194,10 +194,18 @@ pods_run() {
     "${PYTHON:-python3}" pods.py "$work/manifests.yaml"
 }
 
+# Likewise, and saved more often: one of the two ranks is killed on the way.
+ranks_run() {
+    say "the pods of kubernetes/overlays/ranks"
+    kubectl kustomize ../kubernetes/overlays/ranks \
+        | sed 's/epochs = 4/epochs = 2/; s/checkpoint_every = 30.0/checkpoint_every = 2.0/' > "$work/ranks.yaml"
+    "${PYTHON:-python3}" pods.py "$work/ranks.yaml"
+}
+
 start_docker
 [ "$BASE" != test-base ] || make_base
 say "building"
 COUNTED=$work compose --file compose.yaml build > "$work/build.log" || { tail -30 "$work/build.log"; exit 1; }
 docker image ls --filter reference='dsl-*:test'
-for run in ${*:-plain tls crash monitoring pods}; do "${run}_run"; done
+for run in ${*:-plain tls crash monitoring pods ranks}; do "${run}_run"; done
 say "passed"

@@ -179,22 +179,42 @@ def _memory(figure: "Figure", group: Group) -> str:
     def theirs(said: Reference) -> Beside:
         return [None if said.peak is None else said.peak / 2**20, None]
 
+    def held(run: FinishedRun) -> float:
+        return (run.held or 0) / 2**20
+
+    def one(run: FinishedRun) -> float:
+        return (run.one_process or 0) / 2**20
+
     sides = ("client", "server")
     title = "Peak memory of tensors" if live else "Peak memory"
-    plots = _bars(figure, group, title, "MiB (2²⁰ bytes)", sides, parts, theirs)
+    joint = live and all(run.one_process for series in group for run in series.runs)
+    most = one if joint else None
+    plots = _bars(figure, group, title, "MiB (2²⁰ bytes)", sides, parts, theirs, most, numbered=True)
     for plot in plots:
         means = _means(plot, parts)
         panels.pairs(plot, [mean for (mean,) in means])
+        if live:
+            panels.within(plot, [_stat(look.series, held).mean for look in plot.looks], "held while waiting")
+        if joint:
+            panels.across(plot, [_stat(look.series, one) for look in plot.looks], "one process for both")
         panels.whiskers(plot, _totals(plot, parts))
         panels.beside(plot, _others(plot, theirs), "authors, both ends in one process")
         texts = [f"{mean:,.0f}" for (mean,) in means]
-        panels.name_ends(plot, _ends_of(plot, parts), _others(plot, theirs), texts)
+        lines = [_stat(look.series, one).mean if joint else None for look in plot.looks for _ in sides]
+        marks = [mark or line for mark, line in zip(_others(plot, theirs), lines, strict=True)]
+        panels.name_ends(plot, _ends_of(plot, parts), marks, texts)
     panels.legend(figure, plots)
-    return "Bars, peak memory: " + _listed(
+    words = "Bars, peak memory: " + _listed(
         f"{name} {side} {mebibytes(_total(series, at, parts).mean * 2**20)} MiB"
         for series, name in _named(group)
         for at, side in enumerate(sides)
     )
+    if joint:
+        words += " Held while waiting, and one process for both: " + _listed(
+            f"{name} {_stat(series, held).mean:,.1f} and {_stat(series, one).mean:,.1f} MiB"
+            for series, name in _named(group)
+        )
+    return words
 
 
 def _time(figure: "Figure", group: Group) -> str:
@@ -259,7 +279,8 @@ DRAWINGS = (
         "memory",
         "Most memory that each side held at once; of the clients, the one that held most. Of tensors, "
         "where all runs counted them or were on a GPU; otherwise of the whole process, with Python and "
-        "its libraries.",
+        "its libraries. Where tensors were counted, what a client holds while it waits is hatched, and a "
+        "line is at what one process with both ends would need at least.",
         _memory,
     ),
     Drawing(
@@ -288,17 +309,18 @@ def _bars(
     parts: Parts,
     theirs: Theirs,
     also: Callable[[FinishedRun], float] | None = None,
+    numbered: bool = False,
 ) -> list[Plot]:
     """Axes for stacks of these parts, with room for all that will stand in them.
 
-    also: another number that goes in, in place of those after the bars.
+    also: another number that goes in, in place of those after the bars unless these are numbered as well.
     """
     totals = [_total(series, at, parts) for series in group for at in (0, 1)]
     ends = [stat.mean + stat.spread for stat in totals]
     if also:
         ends += [stat.mean + stat.spread for stat in (_stat(series, also) for series in group)]
     ends += [value for series in group for value in theirs(reference(series.first)) if value]
-    return panels.bar_plots(figure, group, title, unit, sides, max(ends), numbered=also is None)
+    return panels.bar_plots(figure, group, title, unit, sides, max(ends), numbered or also is None)
 
 
 def _totals(plot: Plot, parts: Parts) -> list[Stat]:

@@ -1,33 +1,92 @@
-"""A whole federation on this machine: one server and its clients, each a process of its own."""
+"""A whole federation: one server, a process of this machine, and its clients, each a process of its own.
+
+Where the clients run an engine says: here, or (`engines.py`) elsewhere.
+"""
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 from common.errors import ConfigError, SplitLearningError
 from dsl_lab.link import Link
 
 Setting = str | int | float | bool | Sequence[str]
+LOOPBACK = "127.0.0.1"
 END_S = 15.0  # for the other processes, once one has ended the run
+POLL_S = 0.1
 
 
 class LaunchError(SplitLearningError):
     """A process of the experiment failed; the message has its last words."""
 
 
+class Process(Protocol):
+    """A program under way: a process of this machine, or what stands for one of another."""
+
+    def poll(self) -> int | None: ...  # its exit code, once it has ended
+
+    def terminate(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Command:
+    """What is to be started.
+
+    line: as a person would type it. out: the folder that it writes, which stands there after --out.
+    log: a file for all that it says. environment: beside that of wherever it runs. core: if held to one of
+    this machine.
+    """
+
+    line: Sequence[str]
+    out: Path
+    log: Path
+    environment: Mapping[str, str]
+    core: int | None = None
+
+
+class Engine(Protocol):
+    """Where clients run. host: the address of this machine by which they reach the server."""
+
+    @property
+    def host(self) -> str: ...
+
+    def room(self, clients: int, on_wait: Callable[[], None]) -> AbstractContextManager[object]:
+        """While it is open so many clients can run at once. Raises ConfigError where they cannot."""
+
+    def start(self, command: Command) -> Process:
+        """A client. Once it has ended, its folder and its log are where the command says, on this machine."""
+
+
+class Local:
+    """Each client a process of this machine, beside the server."""
+
+    host = LOOPBACK
+
+    def room(self, clients: int, on_wait: Callable[[], None]) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def start(self, command: Command) -> Process:
+        return start(command)
+
+
+LOCAL = Local()
+
+
 @dataclass(frozen=True)
 class Experiment:
     """settings: the run's, by name. cores: those of the server, then of each client, if held.
 
-    device: where each of them computes.
+    device: where each of them computes. host: this machine's address, to the clients.
     link: given the server's port, the slow link by which all clients reach it.
     also: further flags of each client. in_order: clients join one after the other, so each has its number.
     """
@@ -41,6 +100,7 @@ class Experiment:
     device: str = "auto"
     also: Sequence[Sequence[str]] = ()
     in_order: bool = False
+    host: str = LOOPBACK
 
     @property
     def clients(self) -> int:
@@ -55,14 +115,14 @@ class Experiment:
     def commands(self, port: int, door: int) -> list[list[str]]:
         """The server's command line, then each client's, which goes to the port `door`: the very ones
         that are run."""
-        server = ["dsl-server", "--listen", f"127.0.0.1:{port}", "--out", str(self.server_folder)]
+        server = ["dsl-server", "--listen", f"{self.host}:{port}", "--out", str(self.server_folder)]
         for name, value in self.settings.items():
             server += _flag(name, value)
         clients = [
             [
                 "dsl-client",
                 "--server",
-                f"127.0.0.1:{door}",
+                f"{self.host}:{door}",
                 "--name",
                 f"client-{i}",
                 "--out",
@@ -72,33 +132,56 @@ class Experiment:
             for i in range(self.clients)
         ]
         where = [] if self.device == "auto" else ["--device", self.device]
-        return [[*command, *where] for command in (server, *clients)]
+        open_to_all = [] if self.host == LOOPBACK else ["--insecure"]
+        return [[*command, *where, *open_to_all] for command in (server, *clients)]
+
+    def command(self, index: int, line: Sequence[str]) -> Command:
+        """The server's, which is 0, or a client's."""
+        return Command(
+            line,
+            self.out / f"client-{index - 1}" if index else self.server_folder,
+            self.log(index),
+            {"OMP_NUM_THREADS": str(self.threads), "OMP_WAIT_POLICY": "PASSIVE", **self.environment},
+            self.cores[index] if self.cores else None,
+        )
+
+    def log(self, index: int) -> Path:
+        """The server's, which is 0, or a client's."""
+        return self.out / (f"client-{index - 1}.log" if index else "server.log")
 
 
-def launch(experiment: Experiment, on_wait: Callable[[], None] = lambda: None) -> list[list[str]]:
-    """Runs it to its end; the commands that it was. Raises LaunchError if a process fails."""
+def launch(
+    experiment: Experiment, on_wait: Callable[[], None] = lambda: None, engine: Engine = LOCAL
+) -> list[list[str]]:
+    """Runs it to its end; the commands that it was. Raises LaunchError if a process fails, ConfigError where
+    the engine has no room for the clients."""
+    experiment = replace(experiment, host=engine.host)
     with ExitStack() as stack:
-        port = _free_port()
+        stack.enter_context(engine.room(experiment.clients, on_wait))
+        port = _free_port(engine.host)
         link = stack.enter_context(experiment.link(port)) if experiment.link else None
         commands = experiment.commands(port, link.port if link else port)
-        _run(experiment, commands, on_wait)
+        _run(experiment, commands, on_wait, engine)
         return commands
 
 
-def _run(experiment: Experiment, commands: Sequence[Sequence[str]], on_wait: Callable[[], None]) -> None:
+def _run(
+    experiment: Experiment, lines: Sequence[Sequence[str]], on_wait: Callable[[], None], engine: Engine
+) -> None:
     experiment.out.mkdir(parents=True, exist_ok=True)
-    processes: list[subprocess.Popen[bytes]] = []
+    processes: list[Process] = []
     try:
-        for index, command in enumerate(commands):
-            while experiment.in_order and index > 1 and not _has_joined(experiment, index - 2):
+        for index, line in enumerate(lines):
+            while experiment.in_order and index > 1 and _joined(experiment) < index - 1:
                 _check(experiment, processes)
                 on_wait()
-                time.sleep(0.1)
-            processes.append(_start(experiment, index, command))
+                time.sleep(POLL_S)
+            command = experiment.command(index, line)
+            processes.append(engine.start(command) if index else start(command))
         while any(process.poll() is None for process in processes):
             _check(experiment, processes)
             on_wait()
-            time.sleep(0.1)
+            time.sleep(POLL_S)
         _check(experiment, processes)
     finally:
         _end(processes)
@@ -113,27 +196,26 @@ def program(name: str) -> str:
     return found
 
 
-def _start(experiment: Experiment, index: int, command: Sequence[str]) -> subprocess.Popen[bytes]:
-    threads = {"OMP_NUM_THREADS": str(experiment.threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    environment = {**os.environ, **threads, **experiment.environment}
-    core = experiment.cores[index] if experiment.cores else None
-    pin = [] if core is None else ["taskset", "-c", str(core)]
-    with _log(experiment, index).open("wb") as log:
+def start(command: Command) -> subprocess.Popen[bytes]:
+    """As a process of this machine."""
+    pin = [] if command.core is None else ["taskset", "-c", str(command.core)]
+    with command.log.open("wb") as log:
         return subprocess.Popen(
-            [*pin, program(command[0]), *command[1:]],
-            env=environment,
+            [*pin, program(command.line[0]), *command.line[1:]],
+            env={**os.environ, **command.environment},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
         )
 
 
-def _has_joined(experiment: Experiment, client: int) -> bool:
-    """It describes the run that it has been told."""
-    return (experiment.out / f"client-{client}" / "run.json").exists()
+def _joined(experiment: Experiment) -> int:
+    """How many clients the server has taken in."""
+    audit = experiment.server_folder / "audit.jsonl"
+    return audit.read_text().count('"event": "joined"') if audit.exists() else 0
 
 
-def _check(experiment: Experiment, processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def _check(experiment: Experiment, processes: Sequence[Process]) -> None:
     failed = [index for index, process in enumerate(processes) if process.poll() not in (None, 0)]
     if failed:
         _wait(processes, END_S)  # whoever knows why says so last
@@ -142,30 +224,26 @@ def _check(experiment: Experiment, processes: Sequence[subprocess.Popen[bytes]])
 
 
 def _last_words(experiment: Experiment, index: int) -> str:
-    lines = _log(experiment, index).read_text(errors="replace").strip().splitlines()
+    lines = experiment.log(index).read_text(errors="replace").strip().splitlines()
     return lines[-1] if lines else f"process {index} ended without a word"
 
 
-def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def _end(processes: Sequence[Process]) -> None:
     """Whatever is still running is asked to stop, then made to."""
     for process in processes:
         if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
+            process.terminate()
     _wait(processes, END_S)
     for process in processes:
         if process.poll() is None:
             process.kill()
-            process.wait()
+    _wait(processes, END_S)
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
+def _wait(processes: Sequence[Process], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and any(process.poll() is None for process in processes):
         time.sleep(0.05)
-
-
-def _log(experiment: Experiment, index: int) -> Path:
-    return experiment.out / ("server.log" if index == 0 else f"client-{index - 1}.log")
 
 
 def _flag(name: str, value: Setting) -> list[str]:
@@ -177,8 +255,8 @@ def _flag(name: str, value: Setting) -> list[str]:
     return [f"--{flag}", str(value)]
 
 
-def _free_port() -> int:
+def _free_port(host: str) -> int:
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+        listener.bind((host, 0))
         port: int = listener.getsockname()[1]
         return port

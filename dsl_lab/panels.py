@@ -149,6 +149,14 @@ def pairs(plot: Plot, values: Sequence[float]) -> None:
     plot.axes.barh(spots(plot), values, 0.82, color=colours)
 
 
+def within(plot: Plot, values: Sequence[float], name: str) -> None:
+    """A hatched part of the first bar of each series; nothing where all have none of it."""
+    if any(values):
+        look: dict[str, Any] = {"edgecolor": "white", "hatch": "////", "lw": 0}
+        plot.axes.barh(spots(plot)[::2], values, 0.82, color="none", **look)
+        plot.axes.fill([], [], facecolor="#888888", label=name, **look)  # for the legend
+
+
 def across(plot: Plot, stats: Sequence[Stat], name: str) -> None:
     """A mark through both bars of each series."""
     for place, stat in enumerate(stats):

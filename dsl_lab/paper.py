@@ -6,7 +6,7 @@ As in the paper, CSL and DSL clients take turns with one part.
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -15,6 +15,7 @@ from rich.console import Console
 
 from common.errors import ConfigError
 from common.run import Run
+from dsl_lab.engines import Where, opened
 from dsl_lab.launch import Experiment, Setting
 from dsl_lab.sweep import sweep
 
@@ -89,6 +90,7 @@ class Paper:
     """Where servers and clients compute: auto, cpu, cuda or cuda:N."""
     out: Path | None = None
     """Where the runs and the report go. Default: runs/paper-SCALE."""
+    where: Where = field(default_factory=Where)
 
 
 def paper(options: Paper, console: Console) -> Path:
@@ -98,7 +100,8 @@ def paper(options: Paper, console: Console) -> Path:
     out = options.out or Path("runs") / f"paper-{options.scale}"
     planned = experiments(options, out)
     _check(planned)
-    sweep(planned, out, console)
+    with opened(options.where) as engine:
+        sweep(planned, out, console, engine)
     some = runs.find(out)
     console.print()
     table.show(some, console)

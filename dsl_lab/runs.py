@@ -5,6 +5,7 @@ to be nor how they are shown. The types mirror the files key by key.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, is_dataclass
 from pathlib import Path
@@ -158,6 +159,8 @@ class Summary:
     peak_bytes: Peak
     memory: Live | None
     """None where tensors were not counted."""
+    cut_shape: list[int] | None
+    """Of a sample's activations, fp32."""
 
 
 @dataclass(frozen=True)
@@ -248,6 +251,22 @@ class FinishedRun:
     def held(self) -> int | None:
         """Most bytes of tensors that a client kept while it waited for an answer."""
         return self.summary.memory.held if self.summary.memory else None
+
+    @property
+    def one_process(self) -> int | None:
+        """Bytes of tensors that one process would need at least, if it had both ends of a batch.
+
+        Where a client waits: what it holds then and the server's peak, the activations between them counted
+        once. Else one end is done before the other begins: the larger peak, without what rests at the other.
+        """
+        memory, cut, batch = self.summary.memory, self.summary.cut_shape, self.about.run.get("batch_size")
+        if memory is None:
+            return None
+        if not memory.held:
+            return max(memory.client, memory.server)
+        if not cut or not isinstance(batch, int):
+            return None
+        return max(memory.client, memory.held + memory.server - 4 * batch * math.prod(cut))
 
     @property
     def metric(self) -> float | None:

@@ -17,17 +17,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from common.cli import Stopped
 from common.errors import ConfigError
 from common.rundir import Held
-from dsl_lab.launch import Experiment, LaunchError, launch
+from dsl_lab.launch import LOCAL, Engine, Experiment, LaunchError, launch
 from dsl_lab.runs import FinishedRun, read
 from dsl_lab.table import percent
 
 
-def sweep(experiments: Sequence[Experiment], folder: Path, console: Console) -> None:
+def sweep(experiments: Sequence[Experiment], folder: Path, console: Console, engine: Engine = LOCAL) -> None:
     """Runs those that have not finished; one that was broken off is made anew.
 
-    folder: has them all, and is this process's as long as it runs. Raises LaunchError where a run failed:
-    at once if it is the first, else when the others have run; ConfigError where a run in the folder has
-    other settings.
+    folder: has them all, and is this process's as long as it runs. engine: where the clients run.
+
+    Raises LaunchError where a run failed: at once if it is the first, else when the others have run;
+    ConfigError where a run in the folder has other settings, or the engine has no room for the clients.
     """
     held = Held(folder, "--out")
     try:
@@ -36,7 +37,7 @@ def sweep(experiments: Sequence[Experiment], folder: Path, console: Console) -> 
         console.print(f"{folder}: {len(experiments)} runs, {len(done)} of them finished", soft_wrap=True)
         taken = [read(experiment.server_folder).summary.seconds.wall for experiment in done]
         with _Line(console, len(experiments), taken) as line:
-            failed = [experiment.out.name for experiment in todo if not _run(experiment, line)]
+            failed = [experiment.out.name for experiment in todo if not _run(experiment, line, engine)]
     except Stopped:
         console.print("What has finished is kept: the same command goes on.")
         raise
@@ -126,12 +127,12 @@ class _Line:
         )
 
 
-def _run(experiment: Experiment, line: _Line) -> bool:
+def _run(experiment: Experiment, line: _Line, engine: Engine) -> bool:
     """Whether it came to its end. Raises LaunchError where the first one does not."""
     _remove(experiment)
     start = time.monotonic()
     try:
-        launch(experiment, lambda: line.show(experiment, time.monotonic() - start))
+        launch(experiment, lambda: line.show(experiment, time.monotonic() - start), engine)
     except LaunchError as error:
         if not line.taken:
             raise

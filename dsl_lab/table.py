@@ -27,7 +27,11 @@ NOTES = (
     "Socket: all that the kernel counted, evaluation and HTTP/2 included. "
     "Peak: most memory held at once. MB = 10⁶ bytes, MiB = 2²⁰ bytes."
 )
-LIVE = "Tensors: their most bytes at once; held: those that a client kept while it waited for an answer."
+LIVE = (
+    "Tensors: their most bytes at once; held: those that a client kept while it waited for an answer. "
+    "One process: what one with both ends would need at least (what is held and the server's peak, their "
+    "activations counted once; where nothing is held, the larger peak, without the other end's weights)."
+)
 SPREAD = "±: standard deviation of the runs, which differ in their seeds."
 _SETTINGS = ("method", "model", "split", "head", "sync", "clients", "data", "partition", "recipe")
 _COUNTS = ("train_limit", "test_limit", "epochs", "batch_size", "seed")
@@ -87,6 +91,7 @@ COLUMNS = (
     Column("tensors, MiB", "client", lambda run: run.live_client, mebibytes, rare=True),
     Column("tensors, MiB", "server", lambda run: run.live_server, mebibytes, rare=True),
     Column("tensors, MiB", "held", lambda run: run.held, mebibytes, rare=True),
+    Column("tensors, MiB", "one process", lambda run: run.one_process, mebibytes, rare=True),
 )
 
 
@@ -196,6 +201,7 @@ def _facts(run: FinishedRun, others: bool) -> dict[str, object]:
         "client_tensor_bytes": run.live_client,
         "server_tensor_bytes": run.live_server,
         "client_held_bytes": run.held,
+        "one_process_bytes": run.one_process,
         **{f"reference_{name}": value for name, value in beside.items()},
     }
 

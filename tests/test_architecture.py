@@ -124,6 +124,10 @@ def test_who_shows_a_run_knows_views_and_nothing_else_of_it(end: str) -> None:
         assert known == []
 
 
+def test_ray_is_known_in_one_place() -> None:
+    assert [str(module) for module in modules(*PACKAGES) if imports(module, "ray")] == ["dsl_lab/on_ray.py"]
+
+
 def test_http_is_known_only_where_the_page_is() -> None:
     knowing = {str(module) for module in modules(*PACKAGES) if imports(module, "starlette", "uvicorn")}
     assert knowing == {"dsl_server/dashboard/app.py", "dsl_server/dashboard/serve.py"}

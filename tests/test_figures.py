@@ -14,7 +14,7 @@ from dsl_lab import figures
 from dsl_lab.panels import STYLE
 from dsl_lab.runs import Runs, read
 from dsl_lab.series import grouped
-from tests.finished import dsl_and_csl, make, the_papers
+from tests.finished import counted, dsl_and_csl, make, the_papers
 
 
 def test_figures_are_told_in_words(tmp_path: Path) -> None:
@@ -77,6 +77,38 @@ def test_several_seeds_are_one_line_and_one_bar(tmp_path: Path) -> None:
     words = [figures.render(drawing, grouped(runs), "svg")[1] for drawing in figures.DRAWINGS]
     assert words[0].endswith("DSL 60.00%; DSL, client alone 55.50%.")
     assert words[1].count("DSL up") == 1
+
+
+def test_what_is_held_and_what_one_process_needs_are_drawn(tmp_path: Path) -> None:
+    """Where the tensors of all runs were counted; no number lies on the line of another."""
+    (memory,) = (drawing for drawing in figures.DRAWINGS if drawing.name == "memory")
+    live = {"csl": (500, 400, 480), "dsl": (480, 400, 0)}
+    runs = [
+        counted(
+            make(tmp_path / f"{method}{n}", method, split=split, seed=n, batch_size=8),
+            {
+                key: (count + n) * 2**20
+                for key, count in zip(("client", "server", "held"), counts, strict=True)
+            }
+            | ({} if counts[2] else {"held": 0}),
+            [16, 32, 32],
+        )
+        for method, counts in live.items()
+        for n, split in enumerate(("s", "s", "m"))
+    ]
+    figure = drawn(memory, runs)
+    assert overlaps(figure) == []
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["held while waiting", "one process for both"]
+    line = {
+        round(artist.get_xdata()[0])
+        for axes in figure.axes
+        for artist in axes.lines
+        if artist.get_xdata()[0] > 1
+    }
+    assert 880 in line, "480.5 held and 400.5 at the server, of which 0.5 are the same: the mean of two seeds"
+    none = [run for run in runs if run.method == "dsl"]
+    assert "held while waiting" not in {t.get_text() for t in drawn(memory, none).legends[0].get_texts()}
 
 
 def drawn(drawing: figures.Drawing, runs: Runs) -> Figure:

@@ -13,6 +13,7 @@ import pytest
 
 from dsl_lab import report, table
 from dsl_lab.runs import find
+from tests.finished import counted, make
 from tests.test_report import Page
 
 PAPER = Path(__file__).parent.parent / "benchmarks" / "paper"
@@ -112,6 +113,24 @@ def test_decoupled_runs_send_half_of_what_conventional_ones_do(scale: str) -> No
             assert dsl["down"]["gradients"] == 0
             assert dsl["up"]["activations"] == csl["wire"]["up"]["activations"]
             assert csl["wire"]["down"]["gradients"] == csl["wire"]["up"]["activations"]
+
+
+def test_what_one_process_needs_is_what_was_counted_of_one(tmp_path: Path) -> None:
+    """From what the two ends hold apart, beside the count of both in one thread (benchmarks/memory): the same
+    but for the labels where a client waits; else short of the weights that the resting end keeps."""
+    for line in map(json.loads, (PAPER.parent / "memory" / "results.jsonl").read_text().splitlines()):
+        kind, row = line["of"][:2]
+        if kind != "columns" or "server in" in row:
+            continue
+        method, _, split = row.split()
+        found, shape = line["found"], [16, 32, 32] if split in "sm" else [32, 16, 16]
+        live = {key: found[key] for key in ("client", "server", "held")}
+        run = counted(make(tmp_path / row, method.lower(), batch_size=128), live, shape)
+        assert run.one_process is not None
+        if method == "CSL":
+            assert found["both"] == run.one_process - 1024
+        else:
+            assert 0.96 * found["both"] < run.one_process < found["both"]
 
 
 def total(counts: Any, *kinds: str) -> int:

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from rich.console import Console
 from dsl_lab import figures, table
 from dsl_lab.runs import FinishedRun, read
 from dsl_lab.series import grouped
-from tests.finished import CSL_ROW, DSL_ROW, dsl_and_csl, make, the_papers
+from tests.finished import CSL_ROW, DSL_ROW, counted, dsl_and_csl, make, the_papers
 
 
 @pytest.fixture
@@ -48,16 +47,32 @@ def test_the_papers_numbers_stand_beside_a_run_like_the_papers(tmp_path: Path) -
 
 
 def test_tensors_are_shown_where_they_were_counted(tmp_path: Path, pair: list[FinishedRun]) -> None:
-    folder = make(tmp_path / "counted", "dsl")
-    summary = json.loads((folder / "summary.json").read_text())
     live = {"client": 3 * 2**20, "server": 5 * 2**20, "held": 0}
-    (folder / "summary.json").write_text(json.dumps({**summary, "memory": live}))
-    counted = read(folder)
-    group = grouped([counted, pair[1]])
-    assert table.headings(group)[-3:] == [("tensors, MiB", name) for name in ("client", "server", "held")]
-    assert [row[-3:] for row in table.rows(group)] == [["3.0", "5.0", "0.0"], ["–", "–", "–"]]
-    assert "DSL client 3.0 MiB; DSL server 5.0 MiB." in spoken([counted])
-    assert "client 420.0 MiB" in spoken([counted, pair[1]]), "what not all have is not compared"
+    dsl = counted(make(tmp_path / "counted", "dsl"), live, [16, 32, 32])
+    group = grouped([dsl, pair[1]])
+    names = ("client", "server", "held", "one process")
+    assert table.headings(group)[-4:] == [("tensors, MiB", name) for name in names]
+    assert [row[-4:] for row in table.rows(group)] == [["3.0", "5.0", "0.0", "5.0"], ["–"] * 4]
+    assert "DSL client 3.0 MiB; DSL server 5.0 MiB." in spoken([dsl])
+    assert spoken([dsl]).endswith("Held while waiting, and one process for both: DSL 0.0 and 5.0 MiB.")
+    assert "client 420.0 MiB" in spoken([dsl, pair[1]]), "what not all have is not compared"
+    assert "waiting" not in spoken([dsl, pair[1]])
+
+
+def test_one_process_holds_what_a_client_waits_with_and_the_server_s_peak(tmp_path: Path) -> None:
+    """By hand: 10 MiB held and 7 of the server, of which 8 x 16 x 32 x 32 x 4 bytes are the same."""
+    mib = 2**20
+    live = {"client": 12 * mib, "server": 7 * mib, "held": 10 * mib}
+    csl = counted(make(tmp_path / "a", "csl", batch_size=8), live, [16, 32, 32])
+    assert csl.one_process == 16.5 * mib
+    assert "CSL 10.0 and 16.5 MiB." in spoken([csl])
+    (line,) = csv.DictReader(io.StringIO(table.comma_separated([csl])))
+    assert (line["client_held_bytes"], line["one_process_bytes"]) == (str(10 * mib), str(16 * mib + mib // 2))
+    assert "One process" in table.notes(grouped([csl]))
+    little = counted(make(tmp_path / "b", "csl", batch_size=8), {**live, "held": mib}, [16, 32, 32])
+    assert little.one_process == 12 * mib, "no less than the client alone"
+    unknown = counted(make(tmp_path / "c", "csl"), live, [16, 32, 32])
+    assert unknown.one_process is None, "without the batch's size"
 
 
 def spoken(some: list[FinishedRun]) -> str:

@@ -29,6 +29,7 @@ SECTIONS = (
     ("dsl-client", "", "dsl_client.__main__:Options"),
     ("dsl demo", "", "dsl_lab.demo:Demo"),
     ("dsl bench paper", "", "dsl_lab.paper:Paper"),
+    ("dsl bench paper: where the clients run", "", "dsl_lab.engines:Where"),
     ("dsl report", "", "dsl_lab.__main__:Report"),
     ("dsl methods", "", "dsl_lab.__main__:Methods"),
     ("dsl cuts", "", "dsl_lab.cuts:Cuts"),
@@ -72,7 +73,7 @@ def _flags(kind: type[Any]) -> Iterator[tuple[str, str, str]]:
     """A flag as it is typed, its default, and what is said of it; each fit for a table."""
     docs, hints = _docs(kind), typing.get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
-        if field.name == "run":
+        if field.name in ("run", "where"):
             continue  # its fields are flags, in a section of their own
         doc = " ".join(docs[field.name].split()).replace("|", "\\|").replace("<", "&lt;")
         doc = re.sub(r"docs/(\w+[.]md)", r"[\g<0>](\1)", doc)
