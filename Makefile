@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo docs test test-slow lint stubs soak bench-accuracy bench-codecs bench-durability bench-layout bench-link bench-memory bench-methods bench-overlap bench-paper bench-traffic bench-wire clean fuzz docker-test examples
+.PHONY: demo docs test test-slow lint stubs soak bench-accuracy bench-codecs bench-durability bench-layout bench-link bench-memory bench-methods bench-overlap bench-paper bench-scale bench-traffic bench-wire clean fuzz docker-test examples
 
 demo: $(VENV)/ready
 	$(BIN)/dsl demo
@@ -43,6 +43,9 @@ docker-test: $(VENV)/ready
 
 bench-accuracy bench-codecs bench-durability bench-layout bench-link bench-memory bench-methods bench-overlap bench-traffic bench-wire: bench-%: $(VENV)/ready
 	$(BIN)/python benchmarks/$*/main.py $(IMAGES)
+
+bench-scale: $(VENV)/ready
+	$(BIN)/python benchmarks/scale/main.py $(SCALE)
 
 bench-paper: $(VENV)/ready
 	$(BIN)/dsl bench paper $(PAPER)

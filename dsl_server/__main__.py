@@ -19,6 +19,7 @@ from common.exporter import Exporter
 from common.progress import Progress, megabytes
 from common.run import Run, defaults_from
 from dsl_server.dashboard.serve import Dashboard
+from dsl_server.room import make_room_for_files
 from dsl_server.trackers import MLflow, TensorBoard, Tracker, Tracking
 
 PROGRAM = "dsl-server"
@@ -132,6 +133,7 @@ def _serve(options: Options) -> int:
     from dsl_server.server import Server
 
     run = run_of(options.resume) if options.resume else settled(options.run)
+    make_room_for_files(run.clients)
     device = cli.device_of(options.device)
     folder = RunFolder(options.resume or options.out, run, "server", goes_on=options.resume is not None)
     held = Held(folder.path, "--resume" if options.resume else "--out")

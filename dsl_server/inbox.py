@@ -177,7 +177,12 @@ class Inbox:
         self._timeout = min(timeout, threading.TIMEOUT_MAX)
         self._quorum = quorum
         self._closed: ClosedError | None = None
-        self._changed = threading.Condition()
+        self._filled: set[int] = set()  # those whose lane has something
+        # One lock; the trainer waits on the one condition, who fills a lane on that lane's: else each batch
+        # would wake everyone.
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)
+        self._room = [threading.Condition(lock) for _ in range(clients)]
 
     def join(self, client: int) -> None:
         """The client is there; what it has to send may still take it a while."""
@@ -205,11 +210,21 @@ class Inbox:
             return self._closed or self._lost.get(item.client)
 
         with self._changed:
-            self._changed.wait_for(lambda: over() or len(lane) < self._depth)
+            self._room[item.client].wait_for(lambda: over() or len(lane) < self._depth)
             if reason := over():
                 raise reason
             lane.append(item)
+            self._filled.add(item.client)
             self._changed.notify_all()
+
+    def _taken(self, client: int) -> Item:
+        """What comes next in this client's lane; who waits for room in it is told."""
+        lane = self._lanes[client]
+        item = lane.popleft()
+        if not lane:
+            self._filled.discard(client)
+        self._room[client].notify_all()
+        return item
 
     def owe(self, client: int) -> None:
         """What was given last of this client could not be learned from, for it went away: it may come back
@@ -240,6 +255,8 @@ class Inbox:
             self._members.discard(client)
             left = list(self._lanes[client])
             self._lanes[client].clear()
+            self._filled.discard(client)
+            self._room[client].notify_all()
             taken = [item for work in (self._served, *self._tick) for item in answered(work)]
             self._changed.notify_all()
         _fail(left, reason)
@@ -253,8 +270,10 @@ class Inbox:
             left += [item for work in self._tick for item in answered(work)]
             served = answered(self._served)
             self._tick.clear()
-            for lane in self._lanes:
+            for lane, room in zip(self._lanes, self._room, strict=True):
                 lane.clear()
+                room.notify_all()
+            self._filled.clear()
             self._changed.notify_all()
         _fail(left, self._closed)
         _end_waits(served, self._closed)
@@ -283,7 +302,6 @@ class Inbox:
                 if self._closed or not self._active():
                     return None
                 self._tick.extend(self._in_order() if self._fixed_order else self._as_they_come())
-                self._changed.notify_all()
             self._served = self._tick.popleft()
             for job in answered(self._served):
                 if isinstance(job, Job):
@@ -297,9 +315,8 @@ class Inbox:
         lane, self._owed = self._lanes[client], None
         self._changed.wait_for(lambda: self._closed or client not in self._members or lane)
         if lane and isinstance(job := lane[0], Job):
-            lane.popleft()
+            self._taken(client)
             self._tick.appendleft([job])
-            self._changed.notify_all()
 
     def _wait(self) -> None:
         """Until there is something to take: a whole tick, or what is there of it when its time is up."""
@@ -343,49 +360,45 @@ class Inbox:
         size = max(1, len(jobs)) if self._gather is Gather.ALL else self._together
         return [*errands, *(jobs[start : start + size] for start in range(0, len(jobs), size))]
 
-    def _active(self) -> list[int]:
+    def _active(self) -> set[int]:
         """Clients with something in their lane or still to come."""
-        return [c for c, lane in enumerate(self._lanes) if lane or c in self._members]
+        return self._filled | self._members
 
     def _ready(self) -> bool:
         if self._closed:
             return True
-        active = self._active()
         if not self._fixed_order:
-            return not active or any(self._lanes[c] for c in self._served_now())
-        return all(self._lanes[c] for c in active if c in self._in_epoch)
+            return bool(self._served_now()) or not self._active()
+        return self._in_epoch & self._members <= self._filled
 
     def _as_they_come(self) -> list[Work]:
-        lanes = [self._lanes[c] for c in self._served_now()]
-        items = [lane.popleft() for lane in lanes if lane]
+        items = [self._taken(client) for client in sorted(self._served_now())]
         for end in items:
             if isinstance(end, EpochEnd):  # what lay before it has been served
                 self._on_epoch_end(end)
         return self._grouped(items)
 
-    def _served_now(self) -> list[int]:
-        """Those whose batches are taken as they come: for a checkpoint only who is still astray."""
-        active = self._active()
-        return [c for c in active if c in self._astray] if self._save_due and self._held() else active
+    def _served_now(self) -> set[int]:
+        """Those that have something to take as it comes: for a checkpoint only who is still astray."""
+        return self._filled & self._astray if self._save_due and self._held() else self._filled
 
     def _in_order(self) -> list[Work]:
         """One step of the fixed order: ends of epochs first, then errands, then batches."""
-        self._in_epoch &= set(self._active())
-        for lane in self._lanes_with(EpochEnd):
-            end = lane.popleft()
+        self._in_epoch &= self._active()
+        for client in self._lanes_with(EpochEnd):
+            end = self._taken(client)
             assert isinstance(end, EpochEnd), "these lanes begin with one"
             self._on_epoch_end(end)
             self._in_epoch.discard(end.client)
         if not self._in_epoch:
-            self._in_epoch = set(self._active())
+            self._in_epoch = self._active()
             return [RoundEnd()]
-        lanes = self._lanes_with(Errand) or self._lanes_with(Job)
-        return self._grouped([lane.popleft() for lane in lanes])
+        clients = self._lanes_with(Errand) or self._lanes_with(Job)
+        return self._grouped([self._taken(client) for client in clients])
 
-    def _lanes_with(self, kind: type[Item]) -> list[deque[Item]]:
-        """Those of the clients in the epoch, by index, that have such an item to take next."""
-        lanes = [self._lanes[c] for c in sorted(self._in_epoch)]
-        return [lane for lane in lanes if lane and isinstance(lane[0], kind)]
+    def _lanes_with(self, kind: type[Item]) -> list[int]:
+        """Those clients in the epoch, by index, that have such an item to take next."""
+        return [c for c in sorted(self._in_epoch & self._filled) if isinstance(self._lanes[c][0], kind)]
 
 
 def answered(work: Work) -> Sequence[Job | Errand]:

@@ -28,6 +28,7 @@ from common.errors import (
     TakenError,
 )
 
+_NAMED = 8  # clients in an answer, which has to fit into a few kilobytes
 _NOTHING = hashlib.sha256().hexdigest()
 
 
@@ -115,6 +116,7 @@ class Ledger:
         self.run_id = run_id or secrets.token_hex(8)
         self.accounts: list[Account] = []  # by client
         self.duplicates = 0  # batches that came again
+        self._speaking: dict[str, Account] = {}  # by session: each account's last one
 
     # ------------------------------------------------------------ who is there
 
@@ -155,7 +157,9 @@ class Ledger:
                 "membership"
             )
         known.sessions += 1
+        self._speaking.pop(known.session, None)
         known.session, known.present = secrets.token_hex(16), True
+        self._speaking[known.session] = known
         if who.session:  # it may not hear of this one, and come back with the one before
             known.lineage |= {who.session, known.session}
         else:
@@ -166,20 +170,27 @@ class Ledger:
     def account(self, session: str) -> Account:
         """Whose session this is. Raises StaleError for one that is over, RefusedError where another process
         has taken the place of whose it was."""
+        account = self._speaking.get(session)
+        if account and account.present and not account.gone:
+            return account
+        secret = hashed(session)
         for account in self.accounts:
-            if hashed(session) in account.fenced:
+            if secret in account.fenced:
                 raise _fenced_off(account)
-            if session and account.session == session and account.present and not account.gone:
-                return account
         raise StaleError("this call names no present member of the run; join first")
+
+    def client_of(self, session: str) -> int | None:
+        """Whose last session this is, if it is anyone's."""
+        account = self._speaking.get(session)
+        return None if account is None else account.client
 
     def away(self, session: str) -> bool:
         """The connection of that session has gone; whether it was still the client's last one."""
-        for account in self.accounts:
-            if account.session == session and account.present:
-                account.present = False
-                return True
-        return False
+        account = self._speaking.get(session)
+        if account is None or not account.present:
+            return False
+        account.present = False
+        return True
 
     # ------------------------------------------------------------ what has come
 
@@ -257,7 +268,8 @@ class Ledger:
                 f"{who.name!r} has a place in the run; each client needs a certificate of its own"
             )
         if len(self.accounts) == self.places:
-            names = ", ".join(map(str, self.accounts))
+            names = ", ".join(map(str, self.accounts[:_NAMED]))
+            names += f" and {len(self.accounts) - _NAMED} more" if len(self.accounts) > _NAMED else ""
             raise FullError(
                 f"{who.name!r} is one too many: the run has places for {self.places} and they are taken by "
                 f"{names}; start the server with --clients {self.places + 1}"
@@ -265,6 +277,7 @@ class Ledger:
         session = secrets.token_hex(16)
         account = Account(len(self.accounts), who.name, hashed(who.identity), 1, session, True, {session})
         self.accounts.append(account)
+        self._speaking[session] = account
         return account
 
 

@@ -69,7 +69,11 @@ class Rounds:
         self._relayed: State = {}
         self._closed: ClosedError | None = None
         self._draining: ClosedError | None = None
-        self._changed = threading.Condition()
+        # One lock. Who waits for something of one client waits on that client's condition, and each batch
+        # wakes nobody else; who waits for the run as a whole waits on `_changed`.
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)
+        self._of = [threading.Condition(lock) for _ in range(run.clients)]
 
     def join(self, who: Newcomer, idle: bool = False) -> Member:
         """A new session of a client, which may have had a place before.
@@ -84,10 +88,13 @@ class Rounds:
             try:
                 account = self.ledger.join(who)
             finally:
-                self._changed.notify_all()  # to whom speaks for an earlier session of it
+                self._changed.notify_all()  # it may be known now that it has left
+            self._wake(account.client)  # who speaks for an earlier session of it
             member = Member(account, account.session)
             if idle:
-                self._changed.wait_for(lambda: self._over(member) or account.client not in self._receiving)
+                self._of[member.client].wait_for(
+                    lambda: self._over(member) or account.client not in self._receiving
+                )
                 self._check_open(member)
             return member
 
@@ -108,8 +115,7 @@ class Rounds:
     def client_of(self, session: str) -> int | None:
         """Whose session this is, if it is the last one of a member."""
         with self._changed:
-            accounts = self.ledger.accounts if session else []
-            return next((a.client for a in accounts if a.session == session), None)
+            return self.ledger.client_of(session)
 
     def meeting(self) -> set[int]:
         """The clients that wait for others: for an average, for their turn."""
@@ -125,7 +131,8 @@ class Rounds:
         """The member has done all that it was to do."""
         with self._changed:
             member.account.left, member.account.heard = True, not member.account.identity
-            self._changed.notify_all()
+            self._wake(member.client)
+            self._wake_givers()
 
     def heard(self, member: Member) -> None:
         """The member is being told that it has left: it need not ask again."""
@@ -159,7 +166,7 @@ class Rounds:
             if member.account.gone or self._closed or not member.account.identity:
                 return False
             was_there = self.ledger.away(member.session)
-            self._changed.notify_all()
+            self._wake(member.client)
             return was_there
 
     def lost(self, account: Account, how: str = "went away before the end of the run") -> ClosedError | None:
@@ -175,7 +182,8 @@ class Rounds:
             goes_on = self._run.clients - lost >= self._run.least_clients
             if goes_on:
                 account.lost = str(reason)
-                self._changed.notify_all()
+                self._wake(account.client)
+                self._wake_givers()
         if goes_on:
             self._on_lost(account.client, reason)
         else:
@@ -188,14 +196,13 @@ class Rounds:
             if self._closed or self._finished():
                 return
             self._closed = reason
-            self._changed.notify_all()
+            self._wake_all()
         self._on_close(reason)
 
     def drain(self, reason: ClosedError) -> None:
         """From now on nobody joins any more, and no segment begins."""
         with self._changed:
             self._draining = reason
-            self._changed.notify_all()
 
     def next_durable(self, member: Member, known: int) -> int | None:
         """The number up to which the member need not keep its batches, once it is above `known`; None when it
@@ -213,7 +220,7 @@ class Rounds:
         with self._changed:
             self._floors = floors
             self._saved |= set(places)
-            self._changed.notify_all()
+            self._wake_all()
 
     def is_saved(self, member: Member) -> bool:
         """Whether the member has its place also when the server starts anew."""
@@ -231,7 +238,9 @@ class Rounds:
         """
         with self._changed:
             self._wait_until_received(member, first_sequence - 1)
-            self._changed.wait_for(lambda: self._over(member) or member.client not in self._receiving)
+            self._of[member.client].wait_for(
+                lambda: self._over(member) or member.client not in self._receiving
+            )
             self._check_open(member)
             if self._draining:
                 raise self._draining
@@ -239,11 +248,12 @@ class Rounds:
                 raise RefusedError(f"{member} has left")
             self._expect_at_most(member, first_sequence)
             self._receiving.add(member.client)
+            self._wake(member.client)
 
     def end_segment(self, member: Member) -> None:
         with self._changed:
             self._receiving.discard(member.client)
-            self._changed.notify_all()
+            self._wake(member.client)
 
     def is_receiving(self, member: Member) -> bool:
         with self._changed:
@@ -273,7 +283,7 @@ class Rounds:
         """The batch lies in the client's lane: what comes now comes after it."""
         with self._changed:
             self.ledger.accounts[client].laid = mark.sequence
-            self._changed.notify_all()
+            self._wake(client)
 
     def give_back(self, client: int) -> None:
         """What came of this client and could not be applied is due again."""
@@ -284,12 +294,12 @@ class Rounds:
         """The server's part has learned of this client's batches up to the mark."""
         with self._changed:
             self.ledger.apply(self.ledger.accounts[client], mark)
-            self._changed.notify_all()
+            self._wake(client)
 
     def wait_until_applied(self, client: int, sequence: int) -> None:
         """Until the server's part has learned of this client's batch of that number. Raises why it cannot."""
         account = self.ledger.accounts[client]
-        self._wait_for(lambda: account.applied.sequence >= sequence or bool(account.lost))
+        self._wait_for(lambda: account.applied.sequence >= sequence or bool(account.lost), client=client)
         if account.applied.sequence < sequence:
             raise ClosedError(account.lost)
 
@@ -324,7 +334,7 @@ class Rounds:
             if number < due:
                 return self._average  # it had been made when its client went away
             self._parts[member.client] = (part, samples)
-            self._changed.notify_all()
+            self._wake_givers()
             with self._waits_for_others(member):
                 self._wait_for(lambda: self._averages_made > number or self._all_given(), member)
             if self._averages_made == number:  # the first to wake makes it for all
@@ -333,9 +343,10 @@ class Rounds:
                     parts = [self._parts[client][0] for client in given]
                     self._average = average(parts, list(given.values()))
                 self._on_average(epoch, given)
-                self._parts.clear()
                 self._averages_made += 1
-                self._changed.notify_all()
+                for client in self._parts:
+                    self._wake(client)
+                self._parts.clear()
             return self._average  # the next one cannot be made before this member has come back
 
     def take_turn(self, member: Member, epoch: int) -> State:
@@ -363,7 +374,7 @@ class Rounds:
                 raise WireError(f"{member}: it is not its turn")
             self._relayed = part
             self._turn += 1
-            self._changed.notify_all()
+            self._wake(self._turn % self._run.clients)
 
     @contextmanager
     def still(self) -> Iterator[None]:
@@ -412,8 +423,8 @@ class Rounds:
         while member.account.laid < sequence:
             self._check_open(member)
             if receiving():
-                self._changed.wait()
-            elif not self._changed.wait_for(moved, PATIENCE_S):
+                self._of[member.client].wait()
+            elif not self._of[member.client].wait_for(moved, PATIENCE_S):
                 return
         self._check_open(member)
 
@@ -432,15 +443,37 @@ class Rounds:
         gone = {account.client for account in self.ledger.accounts if account.gone}
         return all(client in self._parts or client in gone for client in range(self._run.clients))
 
+    def _wake(self, client: int) -> None:
+        """Whoever waits for something of this client; and for the run."""
+        self._of[client].notify_all()
+        self._changed.notify_all()
+
+    def _wake_all(self) -> None:
+        for client in range(self._run.clients):
+            self._wake(client)
+
+    def _wake_givers(self) -> None:
+        """Those that wait for the average, once it can be made."""
+        if self._parts and self._all_given():
+            for client in self._parts:
+                self._wake(client)
+
     def _finished(self) -> bool:
         places_taken = len(self.ledger.accounts) == self._run.clients
         return places_taken and all(account.gone for account in self.ledger.accounts)
 
     def _wait_for(
-        self, condition: Callable[[], bool], member: Member | None = None, timeout: float | None = None
+        self,
+        condition: Callable[[], bool],
+        member: Member | None = None,
+        timeout: float | None = None,
+        client: int | None = None,
     ) -> bool:
+        """client: whose it is that is waited for; the member, where there is one, else the run."""
+        client = member.client if member else client
         with self._changed:
-            came = self._changed.wait_for(lambda: self._over(member) or condition(), timeout)
+            changed = self._changed if client is None else self._of[client]
+            came = changed.wait_for(lambda: self._over(member) or condition(), timeout)
             if not condition():
                 self._check_open(member)
             return bool(came)

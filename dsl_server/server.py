@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import math
 import re
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -48,6 +50,7 @@ from dsl_server.intake import Intake
 from dsl_server.kernel import Sockets
 from dsl_server.ledger import Ledger
 from dsl_server.record import Record
+from dsl_server.room import memory_warning
 from dsl_server.rounds import Rounds
 from dsl_server.saver import Saver, Unsaved
 from dsl_server.service import Service, add_to
@@ -57,6 +60,9 @@ from dsl_server.trainer import Trainer
 from dsl_server.watch import Watch
 
 _CALLS_OF_A_CLIENT = 4  # Join, a segment, the one before it that awaits its receipt, and one more
+# Many threads wait for what they hold in turn, Python's lock, and the trainer gives it up at every operation
+# of torch: with Python's own 5 ms before another lets go, 64 clients' threads left it a tenth of its speed.
+SWITCH_S = 0.0002
 LINGER_S = 10.0  # for clients that may not have heard that they have left, to ask again
 _SPARE_CALLS = 8  # of a connection: health, reflection, clients that are one too many
 
@@ -65,9 +71,10 @@ class Server:
     """`listen`: host:port, port 0 for any. Raises ConfigError when the run or the port cannot be.
 
     on_lost: told why a client is gone that the run goes on without. on_trouble: told what is wrong with the
-    disk, while it is. credentials: with them clients need a certificate, and are who it says. resume: go on
-    from the newest checkpoint in the folder. threads: of the arithmetic; 0: as torch has it.
-    alone: whether it has its process to itself; else its peak memory is not known.
+    disk, while it is, and for what there is too little memory. credentials: with them clients need a
+    certificate, and are who it says. resume: go on from the newest checkpoint in the folder. threads: of the
+    arithmetic; 0: as torch has it. alone: whether it has its process to itself; else its peak memory is not
+    known, and Python's threads switch as they do there.
     """
 
     def __init__(
@@ -84,6 +91,8 @@ class Server:
         alone: bool = True,
     ) -> None:
         run = settled(run)
+        if alone:
+            sys.setswitchinterval(SWITCH_S)
         self._threads = 1 if run.deterministic else threads
         self.run, self._folder, self._on_lost, self._on_trouble = run, folder, on_lost, on_trouble
         chance.seed(run.seed)  # for dropout
@@ -149,6 +158,9 @@ class Server:
         relayed = run.sync == "relay"
         part_specs = specs(state_of(theirs) if relayed else averaged_state(theirs, self.method))
         spec = batch_spec(run, self.method, net)
+        batch_bytes = run.batch_size * 4 * math.prod(spec.cut_shape)
+        if self.method.send_every and (warning := memory_warning(run.clients, run.inbox, batch_bytes)):
+            on_trouble(warning)
         self._audit = Audit(folder, on_failure=self.rounds.close)
         guard = Guard(credentials.folder) if credentials else None
         self._intake = Intake(run, self.method, spec, self.inbox, self.rounds, self._clock, self._saver)
@@ -364,7 +376,7 @@ def listen_on(
     server = grpc.server(
         pool,
         interceptors=[Gate()],
-        options=server_options(PIECE_BYTES * 2 + SLACK_BYTES, of_a_connection),
+        options=server_options(PIECE_BYTES * 2 + SLACK_BYTES, of_a_connection, clients),
         maximum_concurrent_rpcs=calls,  # refuse at once what would otherwise wait for a thread
     )
     add_to(server, service, traffic, rpcs, tally)

@@ -10,6 +10,8 @@ PING_TIMEOUT_MS = 4000
 HANDSHAKE_MS = 10_000  # for a connection that has said nothing yet, or half of what TLS needs
 METADATA_BYTES = 8192
 SLACK_BYTES = 1 << 16  # heads, in a message of one piece
+READ_AHEAD_BYTES = 256 << 20  # that gRPC may hold of all clients together, before they are asked for
+_OF_A_CLIENT = range(1 << 16, 8 << 20)  # of that, at least and at most
 
 Options = list[tuple[str, int]]
 
@@ -37,10 +39,22 @@ def client_options(message_bytes: int) -> Options:
     ]
 
 
-def server_options(message_bytes: int, streams: int) -> Options:
-    """streams: calls that a connection may have open; its client keeps back those above."""
+def read_ahead(clients: int) -> Options:
+    """How far gRPC reads ahead of what is asked for, of each stream. Left alone it takes what the link seems
+    to hold, up to some ten megabytes: of a few clients that is well, of hundreds it is gigabytes, and each
+    batch waits behind all those before it."""
+    share = READ_AHEAD_BYTES // clients
+    if share >= _OF_A_CLIENT.stop:
+        return []
+    return [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", max(share, _OF_A_CLIENT.start))]
+
+
+def server_options(message_bytes: int, streams: int, clients: int = 1) -> Options:
+    """streams: calls that a connection may have open; its client keeps back those above. clients: that send
+    at the same time."""
     return [
         *_both(message_bytes),
+        *read_ahead(clients),
         ("grpc.max_concurrent_streams", streams),
         ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
         ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),

@@ -1,0 +1,120 @@
+"""How much does a server bear: 1 to 1000 clients' streams, and which of gRPC's two servers is it to be?
+
+For each number of streams three servers are up at once, each with that many members: the real one, and the
+lean two of lean.py. They are loaded one after the other, round and round, by senders that compute nothing.
+Rows go to results.jsonl; tables and plot are made of that file, also without measuring (--show).
+
+    python benchmarks/scale/main.py [--streams 1 8 64 256 1000] [--seconds 2] [--rounds 3] [--show]
+"""
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Iterator, Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+from benchmarks.scale import measure, report
+from benchmarks.scale.measure import Row
+from benchmarks.scale.net import SAMPLE_BYTES
+from benchmarks.scale.serve import LOOP, REAL, THREADS
+from dsl_server.room import memory_warning
+
+HERE = Path(__file__).parent
+SMALL, LARGE = 1, 128  # samples of 64 KiB
+TOGETHER = 64  # streams up to which large batches are sent to all three in turn: their memory is tripled
+RESNET = {"model": "resnet8", "split": "1", "cut": ""}
+VARIANTS: Sequence[Row] = (
+    {"front": REAL, "arm": "small step"},
+    {"front": REAL, "arm": "small step, concatenated", "settings": {"concatenate": 64}},
+    {"front": REAL, "arm": "ResNet-8", "settings": RESNET},
+    {"front": REAL, "arm": "ResNet-8, concatenated", "settings": {**RESNET, "concatenate": 64}},
+)
+VARIANT_STREAMS = 64
+
+
+def fits(streams: int) -> bool:
+    return not memory_warning(streams, 2, LARGE * SAMPLE_BYTES)
+
+
+def measured(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
+    for streams in options.streams:
+        seconds = options.seconds * max(1.0, streams / 256)
+        sizes = [SMALL, LARGE] if streams <= TOGETHER else [SMALL]
+        yield from compared(
+            [{"front": f} for f in (REAL, THREADS, LOOP)], streams, sizes, seconds, options, folder
+        )
+        if streams > TOGETHER and fits(streams):
+            seconds = options.seconds * streams / 32  # each is to send some
+            yield from compared([{"front": REAL}], streams, [LARGE], seconds, options, folder, rounds=1)
+    if not options.no_variants:
+        yield from compared(VARIANTS, VARIANT_STREAMS, [SMALL], options.seconds, options, folder)
+
+
+def compared(
+    arms: Sequence[Row],
+    streams: int,
+    sizes: Sequence[int],
+    seconds: float,
+    options: argparse.Namespace,
+    folder: Path,
+    rounds: int = 0,
+) -> Iterator[Row]:
+    """Rows of these arms, interleaved."""
+    with measure.running(arms, streams, folder) as (servers, loads):
+        yield from measure.join_all(servers, loads, streams)
+        for size in sizes:
+            for _ in range(rounds or options.rounds):
+                for index, server in enumerate(servers):
+                    yield measure.interval(server, index, loads, streams, size, seconds)
+
+
+def machine() -> Row:
+    model = next(
+        (
+            line.partition(": ")[2]
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
+        platform.machine(),
+    )
+    return {
+        "kind": "machine",
+        "date": str(date.today()),
+        "processor": model,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "grpcio")},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 64, 256, 1000])
+    parser.add_argument("--seconds", type=float, default=2.0, help="of an interval of measuring")
+    parser.add_argument("--rounds", type=int, default=3, help="intervals of each kind")
+    parser.add_argument(
+        "--no-variants", action="store_true", help="without the real network and --concatenate"
+    )
+    parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
+    parser.add_argument("--show", action="store_true", help="measure nothing: tables and plot of the results")
+    options = parser.parse_args()
+    if not options.show:
+        measure.allow_files()
+        with tempfile.TemporaryDirectory() as folder, options.results.open("w") as file:
+            print(json.dumps(machine() | {"seconds": options.seconds, "rounds": options.rounds}), file=file)
+            for row in measured(options, Path(folder)):
+                print(json.dumps(row), file=file, flush=True)
+                print(report.line(row), flush=True)
+    results = report.read(options.results)
+    if options.results == HERE / "results.jsonl":
+        report.write(results)
+    else:
+        print(report.load_table(results))
+
+
+if __name__ == "__main__":
+    main()
