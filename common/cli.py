@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 SHELLS = ("bash", "zsh", "fish")  # whose completion there is
+TUNABLES = "GLIBC_TUNABLES"  # by which glibc is told
 
 
 class Stopped(BaseException):
@@ -36,6 +37,19 @@ def prepare() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+
+def start_for_many_threads() -> None:
+    """Before torch and grpc are imported: starts the process anew, once, as the same one, with glibc's
+    allocator as many threads need it, without caches of each thread's own; unless somebody has set it.
+
+    Such a cache keeps (before glibc 2.38) the few bytes beside each block that is aligned, so that the block
+    cannot be joined again with what is free around it: each thread that ever computed holds some tensors'
+    memory.
+    """
+    if sys.platform == "linux" and TUNABLES not in os.environ:
+        os.environ[TUNABLES] = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0:glibc.malloc.arena_max=2"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def flags(arguments: Sequence[str]) -> list[str]:

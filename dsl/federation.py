@@ -7,7 +7,7 @@ and how all of it ends, but neither what a run is about nor how it is shown.
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from dsl.progress import Progress
 from dsl.results import Evaluation, Results, read
 from dsl.server import Server, said_of
 from dsl_client.datasets import Pair
+from dsl_client.turns import Workers
 from dsl_lab.runs import SERVER
 
 Sources = Source | list[str] | list[Pair]  # for all clients, or in a list one for each
@@ -41,6 +42,7 @@ def train(
     processes: bool = False,
     device: str = "auto",
     threads: int = 1,
+    workers: int = 0,
     progress: bool = True,
     on_line: Callable[[Evaluation], None] | None = None,
 ) -> Results:
@@ -49,8 +51,9 @@ def train(
     model: the function that builds the network, or its name; else the run says. loss, metric: likewise.
     data: for all clients, or in a list one for each (the run then has partition="own"); else the run says.
     out: where the folders server, client-0 and so on go; by default runs/<time>-<name>-<method>. processes:
-    each a process of its own, in place of threads. threads: of the arithmetic of each. progress: with a live
-    line. on_line: called with each evaluation as it comes, by the thread that called `train`.
+    each a process of its own, in place of threads. threads: of the arithmetic of each. workers: how many of
+    the clients' threads compute at a time; 0: all. progress: with a live line. on_line: called with each
+    evaluation as it comes, by the thread that called `train`.
 
     Raises ConfigError for what cannot be, StepError and others for what fails on the way, in processes
     LaunchError; and whatever `on_line`, or a client's own data or network, raises. Then, and upon Ctrl-C,
@@ -63,6 +66,10 @@ def train(
         metric=run.metric if metric is None else name_of("metric", metric),
     )
     run = replace(run, data=data) if isinstance(data, str) else run
+    if workers < 0 or (workers and processes):
+        raise ConfigError(
+            f"workers={workers}: say how many of the clients' threads compute at a time; 0: all"
+        )
     sources = _one_for_each(run, data)
     folder = Path(out) if out is not None else new_folder(f"{run.name}-{run.method}")
     watch = _Watch(folder / SERVER, run, progress, on_line)
@@ -70,7 +77,7 @@ def train(
         if processes:
             programs.launch(run, sources, folder, device, threads, watch.look)
         else:
-            _train(run, sources, folder, device, threads, watch.look)
+            _train(run, sources, folder, device, threads, workers, watch.look)
         watch.look()
         results = read(folder / SERVER)
         watch.progress.end(f"{_told(run)}  finished: {_scored(results.evaluations[-1])}")
@@ -93,6 +100,7 @@ def _train(
     out: Path,
     device: str,
     threads: int,
+    workers: int,
     look: Callable[[], None],
 ) -> None:
     """In threads. All have joined and built their networks, one after the other, before the first one trains:
@@ -117,20 +125,23 @@ def _train(
             clients.append(stack.enter_context(client))
             client.join()
             client.build()
-        _to_the_end(server, [_Training(client) for client in clients], look)
+        permits = Workers(workers) if workers else None
+        _to_the_end(server, [_Training(client, permits) for client in clients], look)
 
 
 class _Training(threading.Thread):
-    """A client's training, in a thread of its own. error: what ended it, if not its last batch."""
+    """A client's training, in a thread of its own; with a permit, where these are counted. error: what ended
+    it, if not its last batch."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, permits: Workers | None) -> None:
         super().__init__(name=f"client-{client.index}", daemon=True)
-        self._client = client
+        self._client, self._permits = client, permits
         self.error: BaseException | None = None
 
     def run(self) -> None:
         try:
-            self._client.train()
+            with self._permits.turn() if self._permits else nullcontext():
+                self._client.train()
         except BaseException as error:  # noqa: BLE001  # told to whom called `train`
             self.error = error
 

@@ -1,17 +1,19 @@
 """dsl-client: holds private data and the bottom of the network; all else it is told by the server."""
 
+import os
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from common import cli, tls
-from common.errors import SplitLearningError
+from common.errors import ConfigError, SplitLearningError
 from common.exporter import Exporter
 from common.progress import Progress
 from dsl_client import predict
@@ -20,10 +22,13 @@ if TYPE_CHECKING:
     from common.run import Run
     from dsl_client.client import Client
     from dsl_client.trainer import Scored
-    from dsl_client.watch import Watch
+    from dsl_client.watch import View, Watch
 
 PROGRAM = "dsl-client"
 SHOWN_EVERY_S = 0.2
+LOOK_S = (
+    0.002  # that a look at one of many replicas is given: no more than a hundredth of the time is for looks
+)
 DESCRIPTION = """Holds private data and the bottom of a network that is cut in two.
 Joins the run of a dsl-server, which says what is trained and how.
 
@@ -60,6 +65,13 @@ class Options:
     """Tell Prometheus of this client at this port, 0 for any."""
     metrics_host: str = "127.0.0.1"
     """The address of this machine that --metrics-port is at; any but loopback tells others, unencrypted."""
+    replicas: int = 1
+    """How many clients of the run this process is, each with its own share, part, identity and folder
+    client-N in --out (docs/replicas.md)."""
+    workers: int | None = None
+    """With --replicas: how many of them compute at a time, each on one core; else as many as there are."""
+    rest: Literal["memory", "disk"] = "memory"
+    """With --replicas: where the parts of those are that do not compute: this machine's memory, or --out."""
     patience: float = 60.0
     """Seconds to wait for a server that is not there yet, or not there any more in a run with checkpoints."""
 
@@ -74,10 +86,11 @@ def _main(arguments: list[str]) -> int:
         return predict.main(arguments[1:])
     options = cli.parse(Options, arguments, Options(), PROGRAM, DESCRIPTION)
     tls.check_exposure("--server", options.server, options.certs, options.insecure)
+    if options.replicas != 1 or options.workers is not None or options.rest != "memory":
+        return _many(options)
     credentials = tls.Credentials.read(options.certs, "client") if options.certs else None
     tls.preflight(options.server, credentials)  # what can be said at once, before torch has come
-    port, host = options.metrics_port, options.metrics_host
-    exporter = None if port is None else Exporter(port, host)
+    exporter = _exporter(options)
     from dsl_client import metrics
     from dsl_client.client import Client  # imports torch
     from dsl_client.memory import Memory
@@ -107,7 +120,7 @@ def _main(arguments: list[str]) -> int:
             if exporter:
                 exporter.start(lambda: metrics.metrics_of(watch.view(), PROGRAM))
                 progress.log(exporter.greeting)
-            with _shown(watch, progress):
+            with _shown(watch.view, progress):
                 folder = client.train(out, watch.step, partial(_scored, watch, progress), progress.log)
             progress.log(f"finished: everything in {folder}")
         except SplitLearningError as error:
@@ -122,23 +135,112 @@ def _main(arguments: list[str]) -> int:
     return 0
 
 
+def _many(options: Options) -> int:
+    """Replicas: see dsl_client/replicas.py."""
+    count, workers = options.replicas, _workers(options)
+    tls.preflight(options.server, None)
+    cli.start_for_many_threads()
+    exporter = _exporter(options)
+    from dsl_client import metrics
+    from dsl_client.client import Client  # imports torch
+    from dsl_client.commons import Commons
+    from dsl_client.memory import Memory
+    from dsl_client.replicas import Replicas, check_files
+
+    check_files(count, each=4 if options.state else 1)
+    device, name = cli.device_of(options.device), options.name or socket.gethostname()
+    with Progress(PROGRAM) as progress:
+
+        def make(number: int, commons: Commons) -> Client:
+            state = options.state and options.state / f"replica-{number}"
+            return Client(
+                options.server,
+                f"{name[: 63 - len(str(number))]}-{number}",
+                device,
+                options.data,
+                memory=Memory(state, on_trouble=progress.log),
+                allow=options.allow,
+                alone=False,
+                commons=commons,
+                rest=options.rest,
+            )
+
+        def joined(so_far: int) -> None:
+            progress.show(f"{so_far} of {count} replicas have joined")
+
+        replicas = Replicas(count, workers, make, Commons(options.server), progress.log)
+        failure: BaseException | None = None
+        try:
+            progress.show(f"waiting for the server at {options.server}")
+            run = replicas.join(options.patience, options.takeover, joined)
+            if run:
+                progress.log(f"{count} replicas, {workers} at a time, at {options.server}: {_about(run)}")
+                if exporter:
+                    exporter.start(lambda: metrics.metrics_of(replicas.view(), PROGRAM))
+                    progress.log(exporter.greeting)
+                out = options.out or (options.state and options.state / "out") or _new_folder(run)
+                with _shown(replicas.view, progress, max(SHOWN_EVERY_S, count * LOOK_S)):
+                    replicas.train(out, lambda: time.sleep(0.1))
+        except SplitLearningError as error:
+            failure = error
+            raise
+        except cli.Stopped as stopped:
+            progress.end()
+            failure = stopped
+            raise
+        finally:
+            replicas.stop("" if failure is None else f"it was stopped ({failure})")
+            progress.log(f"{replicas.ended_well} of {count} replicas ended well")
+    return 0
+
+
+def _workers(options: Options) -> int:
+    """Raises ConfigError for what replicas cannot have."""
+    count = options.replicas
+    if count < 1:
+        raise ConfigError(f"--replicas {count} is below 1")
+    if options.certs:
+        raise ConfigError(
+            f"--replicas {count} with --certs: a certificate is of one client; start a dsl-client for each, "
+            "or leave --certs out (--insecure, where the server is another machine)"
+        )
+    if options.workers is None:
+        return min(count, len(os.sched_getaffinity(0)))
+    if not 1 <= options.workers <= count:
+        raise ConfigError(f"--workers {options.workers}: choose from 1 to {count}, as many as --replicas")
+    return options.workers
+
+
+def _exporter(options: Options) -> Exporter | None:
+    port, host = options.metrics_port, options.metrics_host
+    return None if port is None else Exporter(port, host)
+
+
+def _new_folder(run: "Run") -> Path:
+    return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{run.name}-replicas"
+
+
 def _joined(client: "Client", run: "Run", server: str) -> str:
+    return f"client {client.index} of {run.clients} at {server}: {_about(run)}"
+
+
+def _about(run: "Run") -> str:
     return (
-        f"client {client.index} of {run.clients} at {server}: {run.method} on {run.model} cut at "
-        f"{run.place}, {run.epochs} epoch{'s' if run.epochs > 1 else ''} of {run.data}"
+        f"{run.method} on {run.model} cut at {run.place}, {run.epochs} epoch{'s' if run.epochs > 1 else ''} "
+        f"of {run.data}"
     )
 
 
 @contextmanager
-def _shown(watch: "Watch", progress: Progress) -> Iterator[None]:
+def _shown(look: Callable[[], "View"], progress: Progress, every_s: float = SHOWN_EVERY_S) -> Iterator[None]:
     """The live view, by a thread of its own: also while the client waits, or is scored."""
     from dsl_client import terminal  # imports torch
 
     over = threading.Event()
 
     def show() -> None:
-        while not over.wait(SHOWN_EVERY_S):
-            view = watch.view()
+        while not over.wait(every_s):
+            view = look()
             progress.show(terminal.line_of(view), terminal.picture_of(view, PROGRAM))
 
     thread = threading.Thread(target=show, name="view", daemon=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +28,12 @@ from common.wire import split_learning_pb2 as pb
 from common.wire.codec import batch_spec
 from dsl_client import data, sources
 from dsl_client.batches import Batches, Indices, limited, partition
+from dsl_client.commons import Commons
 from dsl_client.connection import Connection
 from dsl_client.data import Dataset
 from dsl_client.datasets import Pair
 from dsl_client.memory import Memory
+from dsl_client.rest import Place, Rest
 from dsl_client.spool import told_of
 from dsl_client.trainer import Scored, Step, Trainer
 
@@ -39,7 +42,8 @@ class Client:
     """`source`: where the data is, if not where the run says; or two torch Datasets, to train and to test on.
     memory: what it remembers of the run, if it has been a member before. allow: functions of this side's own
     (package.module:function) that the run may call. alone: whether it has its process to itself; else its
-    peak memory is not known."""
+    peak memory is not known. commons: what it shares with others of its process. rest: where its part is
+    put while it waits; None: nowhere."""
 
     def __init__(
         self,
@@ -51,12 +55,16 @@ class Client:
         memory: Memory | None = None,
         allow: Collection[str] = (),
         alone: bool = True,
+        commons: Commons | None = None,
+        rest: Place | None = None,
     ) -> None:
         self._memory = memory or Memory()
+        self._commons, self._rest = commons or Commons(), rest
         self._name, self._device, self._source = name, device, source
         self._allowed = frozenset([allow] if isinstance(allow, str) else allow)
         self.traffic, self._clock = Traffic(), Clock()
-        self._connection = Connection(target, self.traffic, self._clock, credentials, self._memory)
+        channel = self._commons.channel
+        self._connection = Connection(target, self.traffic, self._clock, credentials, self._memory, channel)
         self.index = -1
         self._net: CutNet | None = None
         self._alone = alone
@@ -86,26 +94,30 @@ class Client:
             torch.set_num_threads(1)
         chance.seed(run.seed + 1 + self.index)  # for dropout
         folder = RunFolder(out, run, f"client-{self.index}", self._goes_on)
-        net = self._net or self._built()
+        net, self._net = self._net or self._built(), None
         train, test = self._loaded(net)
-        self.part = client_part(run, method, net, self._device)
+        part = client_part(run, method, net, self._device)
         gauge = Gauge(self._device) if run.measure_memory else None
         method = gauge.around(method) if gauge else method
-        for module in _forward_passes(self.part):
+        for module in _forward_passes(part):
             self._clock.module("forward", module)
         spec = batch_spec(run, method, net)
+        del net  # what of it is the server's
         mine, theirs = self._batches(train, test)
 
         def scored(score: Scored) -> None:
             until_written(lambda: folder.add_metrics(score.line()), told_of(folder.path, on_choice))
             on_scored(score)
 
-        trainer = Trainer(run, self.index, method, self.part, self._connection, spec, self._clock, on_choice)
+        rest = self._rest and Rest(folder.path if self._rest == "disk" else None, on_choice)
+        trainer = Trainer(run, self.index, method, part, self._connection, spec, self._clock, on_choice, rest)
         if train.names:
-            self._connection.describe(train.names)
+            with trainer.idle():
+                self._connection.describe(train.names)
         trainer.train(mine, theirs, on_step, scored)
         measured = measurements(self._clock, self._device, gauge, self._alone)
-        self._connection.leave(measured)
+        with trainer.idle():
+            self._connection.leave(measured)
         facts = {
             "run": asdict(run),
             "run_id": self._memory.run_id,
@@ -113,7 +125,7 @@ class Client:
             "data": self._source if isinstance(self._source, str) else run.data,
             "classes": train.names,
         }
-        checkpoint.save(folder.path / "checkpoint", self.part, facts)
+        checkpoint.save(folder.path / "checkpoint", part, facts)
         folder.write_summary(
             {
                 "client": self.index,
@@ -164,7 +176,7 @@ class Client:
         """The network that the server has built. Raises ConfigError where it cannot be had here."""
         self._check_allowed()
         model = self.run.model
-        net = chance.built(self.run)
+        net = self._commons.net(partial(chance.built, self.run))
         if self._network and self._network != net.fingerprint:
             raise ConfigError(
                 f"this client builds another network than the server from --model {model} cut at "
@@ -174,6 +186,9 @@ class Client:
 
     def _loaded(self, net: CutNet) -> tuple[Dataset, Dataset]:
         """The data, to train and to test on. Raises ConfigError where they are not the run's."""
+        return self._commons.sets(partial(self._load, net))
+
+    def _load(self, net: CutNet) -> tuple[Dataset, Dataset]:
         run, (dtype, shape) = self.run, net.takes
         source = self._source or run.data
         train, test = data.load(source, shape, run.class_count, dtype, run.numbers)
@@ -184,8 +199,10 @@ class Client:
         run, size = self.run, self.run.batch_size
         mine = None
         if run.partition != "own":
-            mine = partition(train.labels, run.partition, run.clients, run.seed)[self.index]
+            deal = partial(partition, train.labels, run.partition, run.clients, run.seed)
+            mine = self._commons.shares(deal)[self.index]
         theirs = self._test_share(len(test))
+        scored = partial(Batches, test, theirs, size, seed=run.seed, shuffle=False, device=self._device)
         return (
             Batches(
                 train,
@@ -196,7 +213,7 @@ class Client:
                 augment=run.augment,
                 device=self._device,
             ),
-            Batches(test, theirs, size, seed=run.seed, shuffle=False, device=self._device),
+            self._commons.test(scored) if theirs is None else scored(),
         )
 
     def _test_share(self, samples: int) -> Indices | None:

@@ -3,8 +3,9 @@
 import random
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 import grpc
 
@@ -36,11 +37,15 @@ PREFLIGHT_S = 1.0  # how often it is asked why there is no connection yet
 LONGEST_PAUSE_S = 2.0  # from one attempt to come back to the next
 FRUITLESS = 8  # times that a client comes back at least, and nothing gets through, until it gives up
 
+T = TypeVar("T")
+Idle = Callable[[], AbstractContextManager[None]]  # what is entered while a client waits
+
 
 class Connection:
     """`target`: host:port. Nothing is sent before `join`.
 
-    In a run that lasts it outlives its memberships: `come_back` begins the next one.
+    channel: one that it shares with others of this process; who made it closes it. In a run that lasts it
+    outlives its memberships: `come_back` begins the next one.
     """
 
     def __init__(
@@ -50,8 +55,10 @@ class Connection:
         clock: Clock,
         credentials: tls.Credentials | None = None,
         memory: Memory | None = None,
+        channel: grpc.Channel | None = None,
     ) -> None:
         self._target, self._traffic, self._clock = target, traffic, clock
+        self._shared = channel
         self._credentials, self.memory = credentials, memory or Memory()
         self.flow = Flow()
         self._segments: list[Segment] = []
@@ -175,14 +182,13 @@ class Connection:
         self, stretch: Stretch, spec: BatchSpec, method: Method, depth: int, place: int = 0, before: int = 0
     ) -> Segment:
         """Opens a segment: of a stretch what is left of it after `place` batches of `before` samples. Waits
-        for the receipt of the one before the last, and for no other."""
+        as `catch_up` does."""
         if self._delivery:
             return Segment(
                 self._delivery.stream(stretch), stretch, self._client, spec, method, self._clock, place
             )
         self.check_open()
-        while len(self._segments) > 1:
-            self._segments.pop(0).receipt()
+        self.catch_up()
         kind = pb.StreamActivationsRequest if method.one_way else pb.TrainRequest
         start = self.start_segment() if method.one_way else self._calls[rpc.TRAIN]
         opening = Piece(kind(segment=stretch.opening(self.session, place, before)))
@@ -192,6 +198,11 @@ class Connection:
         if self._over:  # meanwhile; whoever ended it did not see this segment
             segment.fail(self._over)
         return segment
+
+    def catch_up(self) -> None:
+        """Waits for the receipt of the segment before the last, and for no other."""
+        while len(self._segments) > 1:
+            self._segments.pop(0).receipt()
 
     def evaluation(self, epoch: int, after_sequence: int, spec: BatchSpec, depth: int) -> Examination:
         """Opens an evaluation of the network as it is after this client's batch of that number."""
@@ -205,13 +216,25 @@ class Connection:
         return self._examination
 
     def sync(
-        self, purpose: pb.SyncPurpose, epoch: int, state: State, samples: int, specs: dict[str, Spec]
+        self,
+        purpose: pb.SyncPurpose,
+        epoch: int,
+        state: State,
+        samples: int,
+        specs: dict[str, Spec],
+        idle: Idle = nullcontext,
     ) -> State:
-        """Gives a part, or none, and gets one, or none: see SyncPurpose. Waits for the other clients."""
+        """Gives a part, or none, and gets one, or none: see SyncPurpose. Waits for the other clients; idle:
+        entered for that, when gRPC has taken the part."""
         self.check_open()
         head = pb.Weights(session=self.session, epoch=epoch, purpose=purpose, samples=samples)
+        taken = threading.Event()
         with telling(), self._clock("wait"):
-            responses = self._calls[rpc.SYNC_WEIGHTS](codec.pack_weights(pb.SyncWeightsRequest, head, state))
+            pieces = codec.pack_weights(pb.SyncWeightsRequest, head, state)
+            responses = self._calls[rpc.SYNC_WEIGHTS](_until_taken(pieces, taken))
+            if responses.add_callback(taken.set):  # else it is over already
+                taken.wait()
+        with telling(), idle(), self._clock("wait"):
             first = following(responses)
             return codec.unpack_weights(first, map(rpc.judged, responses), specs)[1]
 
@@ -279,8 +302,11 @@ class Connection:
             segment.fail(reason)
         if self._delivery:
             self._delivery.close(reason)
+        if self._membership:
+            self._membership.cancel()
         for channel in self._channels:
-            channel.close()
+            if channel is not self._shared:
+                channel.close()
 
     def check_open(self) -> None:
         """Raises why the membership is over, if it is."""
@@ -288,7 +314,7 @@ class Connection:
             raise self._over
 
     def _open(self) -> None:
-        self._channels.append(channel_to(self._target, self._credentials))
+        self._channels.append(self._shared or channel_to(self._target, self._credentials))
         self._calls = calls_by(self._channels[-1], rpc.RPCS, self._traffic, self._clock)
 
     def _drop(self) -> None:
@@ -352,6 +378,12 @@ def wait_for(
                 f"no server at {target} within {patience:g} s; is dsl-server running there and the port "
                 "open? --patience waits longer"
             )
+
+
+def _until_taken(items: Iterable[T], taken: threading.Event) -> Iterator[T]:
+    """The same items; gRPC asks for the next one when it has taken this one."""
+    yield from items
+    taken.set()
 
 
 def calls_by(

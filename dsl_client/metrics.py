@@ -13,7 +13,11 @@ from dsl_client.watch import View
 def metrics_of(view: View, program: str) -> Iterable[Metric]:
     yield build(program)
     run = {"name": view.name, "method": view.method, "model": view.model, "place": view.place}
-    yield InfoMetricFamily("dsl_run", "What is trained and how.", {**run, "client": str(view.client)})
+    who = "" if view.replicas else str(view.client)
+    yield InfoMetricFamily("dsl_run", "What is trained and how.", {**run, "client": who})
+    if view.replicas:
+        yield gauge("dsl_replicas", "Clients of this process; all else is of them together.", view.replicas)
+        yield gauge("dsl_replicas_ended", "Of these, those that have ended.", view.ended)
     yield gauge("dsl_epoch", "The epoch that it is in, from 1.", view.epoch + 1)
     yield gauge("dsl_epochs", "Epochs of the run.", view.epochs)
     yield gauge("dsl_done_ratio", "The fraction of the epochs that is behind it.", view.done)

@@ -8,6 +8,7 @@ Sending never holds up the compute thread until the outbox is full. Whatever end
 outbox with the reason, so that a client which is answered nothing still learns that it is alone.
 """
 
+import importlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -46,6 +47,8 @@ T = TypeVar("T")
 Pieces = Iterator[Piece[Any]]
 Call = Callable[[Pieces], Any]  # starts a call; its requests are pulled as they can be sent
 
+_LOOK_S = 60.0
+
 _ERRORS: dict[grpc.StatusCode, type[SplitLearningError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: WireError,
     grpc.StatusCode.OUT_OF_RANGE: PlanError,
@@ -83,6 +86,14 @@ def _expected(error: Any) -> int:
     trailers = dict(error.trailing_metadata() or ())
     number = str(trailers.get(EXPECTED, ""))
     return int(number) if number.isdecimal() else 0
+
+
+def wait_without_looking() -> None:
+    """For processes where many threads wait for calls. In each of them gRPC looks ten times a second whether
+    the call is over, lest a signal be kept waiting: a thousand use up a core, and signals come anyway."""
+    within: Any = importlib.import_module("grpc._common")
+    if hasattr(within, "MAXIMUM_WAIT_TIMEOUT"):
+        within.MAXIMUM_WAIT_TIMEOUT = _LOOK_S
 
 
 @contextmanager

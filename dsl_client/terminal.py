@@ -31,6 +31,7 @@ _STYLES: dict[State, str] = {
 def line_of(view: View) -> str:
     return "  ".join(
         [
+            *([f"{view.replicas} replicas, {view.ended} ended"] if view.replicas else []),
             f"epoch {view.epoch + 1}/{view.epochs}",
             f"batch {view.batch}/{view.batches}",
             f"{view.samples / max(view.seconds, 1e-9):,.0f} samples/s",
@@ -43,7 +44,7 @@ def line_of(view: View) -> str:
 
 def picture_of(view: View, program: str) -> Picture:
     def draw(width: int, height: int) -> Iterable[RenderableType]:
-        about = f"{view.client} of {view.clients}  {view.method} on {view.model} cut at {view.place}"
+        about = f"{_who(view)} of {view.clients}  {view.method} on {view.model} cut at {view.place}"
         yield heading(
             program, about, view.done, stage(view.epoch, view.epochs, view.done, view.left_s), width
         )
@@ -61,6 +62,10 @@ def score_of(metric: str, score: float | None, alone: float | None) -> str:
 def bytes_of(view: View) -> str:
     up, down = (sum(view.wire[direction].values()) for direction in ("up", "down"))
     return f"up {megabytes(up)}  down {megabytes(down)}"
+
+
+def _who(view: View) -> str:
+    return f"{view.replicas} replicas ({view.ended} ended)" if view.replicas else str(view.client)
 
 
 def _row(view: View) -> list[str | Text]:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from common.meter import Clock
 from common.methods.base import (
     ClientPart,
     ClientStep,
+    Gather,
     Method,
     Sent,
     Smashed,
@@ -24,7 +25,7 @@ from common.methods.base import (
 )
 from common.objective import ACCURACY, Loss, Metric, metric_of
 from common.optim import learning_rate, progress_of, set_learning_rate
-from common.parts import State, averaged_state, copied, head_state, load_state, specs, state_of
+from common.parts import Spec, State, averaged_state, copied, head_state, load_state, specs, state_of
 from common.run import Run
 from common.sampling import drawn
 from common.wire import split_learning_pb2 as pb
@@ -33,7 +34,9 @@ from dsl_client.batches import Batches
 from dsl_client.connection import Connection
 from dsl_client.memory import Memory, Snapshot
 from dsl_client.pace import Weights, pace_of
+from dsl_client.rest import Rest
 from dsl_client.stream import Segment, Stretch
+from dsl_client.turns import waiting
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ class Scored:
 
 
 class Trainer:
-    """on_choice: told what the client chooses to send, where it may."""
+    """on_choice: told what the client chooses to send, where it may. rest: where its part is while it waits
+    between two steps."""
 
     def __init__(
         self,
@@ -81,6 +85,7 @@ class Trainer:
         spec: BatchSpec,
         clock: Clock,
         on_choice: Callable[[str], None] = lambda _: None,
+        rest: Rest | None = None,
     ) -> None:
         connection.begin(run, method)
         memory = connection.memory
@@ -91,6 +96,10 @@ class Trainer:
         self._run, self._client, self._method, self._part = run, client, method, part
         self._connection, self._spec, self._clock = connection, spec, clock
         self._metric = metric_of(run)
+        self._rest = rest
+        self._needs_others = _needs_others(run, method)
+        # Of many in a process none runs ahead of the server, or all would have batches on their way to it.
+        self._runs_ahead = rest is None or self._needs_others
         self.sequence = 0  # of the last batch that was sent, or will be
         self._epochs = self._batch = 0  # that were trained, and batches of the next epoch
         self._total: Tensor | None = None  # the client's own loss, summed over them
@@ -117,7 +126,8 @@ class Trainer:
             try:
                 self._train_epoch(self._epochs, data, test, on_step, on_scored)
             except (ClosedError, WireError) as error:
-                received = self._connection.come_back(error, generation)
+                with self.idle():
+                    received = self._connection.come_back(error, generation)
                 if self._method.goes_back:
                     self._go_back(received)
 
@@ -132,6 +142,8 @@ class Trainer:
         """From where it is. All that comes after its batches may be done again, and then changes nothing."""
         last = epoch == self._run.epochs - 1
         self._connection.check_open()  # where nothing is sent yet, nothing else would tell
+        with self.idle():  # whose turn is before this one's
+            self._connection.catch_up()
         if self._turn != epoch:
             self._take_turn(epoch)
         with self._clock("train"):
@@ -139,8 +151,9 @@ class Trainer:
                 self._epoch(epoch, data, on_step)
             else:
                 self._sit_out(epoch, data)
-            if last:
-                self._connection.settle()  # so that this time includes the server's
+            if last or not self._runs_ahead:
+                with self._answered():
+                    self._connection.settle()  # at last, so that this time includes the server's
         loss = None if self._total is None else self._total / data.samples
         self._average(epoch, data.samples * (epoch + 1 - self._averaged))
         self._renew_head(epoch)
@@ -173,7 +186,7 @@ class Trainer:
         for index, (x, y) in enumerate(data.epoch(epoch, self._batch), self._batch):
             rate = learning_rate(self._run, progress_of(self._run, epoch, index, batches))
             set_learning_rate(self._part.optimizer, rate)
-            wire = partial(_finite, paced) if paced and index in sent else _nowhere
+            wire = partial(self._finite, paced) if paced and index in sent else _nowhere
             loss = self._step(x, y, wire)
             if loss is not None:
                 self._total = loss * len(y) + (0 if self._total is None else self._total)
@@ -210,10 +223,10 @@ class Trainer:
         stretch = Stretch(self._run.epochs - 1, self._once + 1, len(data), data.samples)
         segment = self._connection.segment(stretch, self._spec, self._method, self._run.outbox)
         for x, y in data.plain():
-            run_step(step(self._part, x, y), segment)
+            run_step(step(self._part, x, y), partial(self._through, segment))
         segment.finish()
         self.sequence = stretch.last_sequence
-        self._connection.settle()
+        self._settle()
 
     def _segment(self, epoch: int, data: Batches, sent: range, place: int) -> Segment:
         """For what is left of these batches of the epoch, of which so many were sent before."""
@@ -247,7 +260,8 @@ class Trainer:
                 return
             if segment:
                 segment.flush()
-            self._connection.keep(self.sequence)
+            with self.idle():
+                self._connection.keep(self.sequence)
         self._kept_at = now
         tensors = copied(state_of(self._part)) | {"chance": torch.get_rng_state()}
         if self._total is not None:
@@ -296,9 +310,12 @@ class Trainer:
             for x, y in test.epoch(0):
                 z = part.bottom(x)
                 if self._method.tail is Tail.NONE:
-                    examination.send(Smashed(z, y), self.pace.choice if self.pace else "")
+                    with self._answered():
+                        examination.send(Smashed(z, y), self.pace.choice if self.pace else "")
                 elif self._method.tail is Tail.LAST:
-                    joined.add(self._tail(examination.output(Smashed(z, y))), y)
+                    with self._answered():
+                        u = examination.output(Smashed(z, y))
+                    joined.add(self._tail(u), y)
                 else:
                     joined.add(self._tail(z), y)
                 if part.head is not None:
@@ -308,7 +325,8 @@ class Trainer:
             train_loss=None if loss is None else float(loss),
             score=joined.score() if joined.samples else None,
         )
-        score = examination.finish(closing if closing.ByteSize() else None)
+        with self.idle():
+            score = examination.finish(closing if closing.ByteSize() else None)
         mine = None if part.head is None else alone.metric / test.samples
         return Scored(epoch, score.metric / max(1, score.samples), mine, self._run.metric)
 
@@ -328,14 +346,13 @@ class Trainer:
         """samples: that the part was trained on since the last average."""
         if not self._run.averages(epoch):
             return
-        state, given = averaged_state(self._part, self._method), State()
-        if self._trains(epoch):
-            given, purpose = state, pb.SYNC_PURPOSE_AVERAGE
-        elif self._needs_average(epoch):
-            samples, purpose = 0, pb.SYNC_PURPOSE_TAKE_AVERAGE
-        else:
-            samples, purpose = 0, pb.SYNC_PURPOSE_AWAIT_AVERAGE
-        load_state(self._part, self._connection.sync(purpose, epoch, given, samples, specs(state)))
+        state = averaged_state(self._part, self._method)
+        expected, purpose = specs(state), pb.SYNC_PURPOSE_AVERAGE
+        if not self._trains(epoch):
+            state, samples = {}, 0
+            needed = self._needs_average(epoch)
+            purpose = pb.SYNC_PURPOSE_TAKE_AVERAGE if needed else pb.SYNC_PURPOSE_AWAIT_AVERAGE
+        load_state(self._part, self._sync(purpose, epoch, state, samples, expected))
 
     def _needs_average(self, epoch: int) -> bool:
         """Whether this client, which has not trained, uses the part before it gets the next one."""
@@ -346,21 +363,69 @@ class Trainer:
         """Takes the head that the server has made for this client, when one is due."""
         method, head = self._method, self._part.head
         if method.new_head and head is not None and (epoch + 1) % method.head_every == 0:
-            self._connection.settle()  # the head is to be made of all that was sent
+            self._settle()  # the head is to be made of all that was sent
             purpose = pb.SYNC_PURPOSE_TAKE_HEAD
-            load_state(self._part, self._connection.sync(purpose, epoch, {}, 0, specs(head_state(head))))
+            load_state(self._part, self._sync(purpose, epoch, {}, 0, specs(head_state(head))))
 
     def _take_turn(self, epoch: int) -> None:
         if self._run.sync == "relay":
             expected = specs(state_of(self._part))
-            load_state(self._part, self._connection.sync(pb.SYNC_PURPOSE_TAKE_TURN, epoch, {}, 0, expected))
+            load_state(self._part, self._sync(pb.SYNC_PURPOSE_TAKE_TURN, epoch, {}, 0, expected))
             self._turn = epoch
             self._keep(waypoint=True)  # a turn that is over cannot be taken again
 
     def _end_turn(self, epoch: int) -> None:
         if self._run.sync == "relay":
-            self._connection.settle()  # the server, too, is to train on one client after the other
-            self._connection.sync(pb.SYNC_PURPOSE_END_TURN, epoch, state_of(self._part), 0, {})
+            self._settle()  # the server, too, is to train on one client after the other
+            self._sync(pb.SYNC_PURPOSE_END_TURN, epoch, state_of(self._part), 0, {})
+
+    # ------------------------------------------------------------ where it waits
+
+    @contextmanager
+    def idle(self) -> Iterator[None]:
+        """Between two steps: others of this process compute meanwhile, and the part rests."""
+        with self._rest.of(self._part) if self._rest else nullcontext(), waiting(self._clock):
+            yield
+
+    @contextmanager
+    def _answered(self) -> Iterator[None]:
+        """Within a step: others compute meanwhile only where the answer waits for them. So elsewhere no more
+        steps are under way, with all that they hold, than there are workers."""
+        with waiting(self._clock) if self._needs_others else nullcontext():
+            yield
+
+    def _settle(self) -> None:
+        with self.idle():
+            self._connection.settle()
+
+    def _sync(
+        self, purpose: pb.SyncPurpose, epoch: int, state: State, samples: int, expected: dict[str, Spec]
+    ) -> State:
+        @contextmanager
+        def idle() -> Iterator[None]:
+            state.clear()  # gRPC has it, and nothing else may hold what is to rest
+            with self.idle():
+                yield
+
+        return self._connection.sync(purpose, epoch, state, samples, expected, idle)
+
+    def _through(self, wire: Callable[[Sent], Tensor | None], sent: Sent) -> Tensor | None:
+        with self._answered():
+            return wire(sent)
+
+    def _finite(self, wire: Callable[[Sent], Tensor | None], sent: Sent) -> Tensor | None:
+        """The wire of a batch, which what is not finite does not enter. Raises StepError."""
+        tensor = sent.z if isinstance(sent, Smashed) else sent
+        if not tensor.sum().isfinite() and not tensor.isfinite().all():  # a sum that overflows is no fault
+            raise StepError("what the client was to send is not finite; lower --lr, or check the data")
+        return self._through(wire, sent)
+
+
+def _needs_others(run: Run, method: Method) -> bool:
+    """Whether what a client is answered within an epoch may wait for batches of the others: where they are
+    served in turn, or a checkpoint waits until all stand where they can come back to."""
+    together = method.gather is Gather.ALL or method.copies or method.round_step is not None
+    return together or run.fixed_order or run.lasts
 
 
 @contextmanager
@@ -397,14 +462,6 @@ class _Tally:
         return pb.Score(
             samples=self.samples, metric=self.metric, loss=float(self._loss) / max(1, self.samples)
         )
-
-
-def _finite(wire: Callable[[Sent], Tensor | None], sent: Sent) -> Tensor | None:
-    """The wire of a batch, which what is not finite does not enter. Raises StepError."""
-    tensor = sent.z if isinstance(sent, Smashed) else sent
-    if not tensor.sum().isfinite() and not tensor.isfinite().all():  # a sum that overflows is no fault
-        raise StepError("what the client was to send is not finite; lower --lr, or check the data")
-    return wire(sent)
 
 
 def _nowhere(_: Sent) -> None:

@@ -3,15 +3,18 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Literal, TypeVar
 
 from common.meter import Rate
 from dsl_client.client import Client
 from dsl_client.trainer import Scored, Step
 
 State = Literal["beginning", "training", "waiting", "between"]
+N = TypeVar("N", int, float)
+_BUSY: tuple[State, ...] = ("training", "waiting", "beginning", "between")  # who says so for many
 STALLED_S = 2.0  # without a step, within an epoch: then it waits
 _WINDOW_S = 5.0
 
@@ -49,6 +52,8 @@ class View:
     phases: Mapping[str, float]  # seconds: forward, backward, encode, wait; none ever falls
     seconds: float  # since it joined
     left_s: float | None  # until the end, if it goes on as until now; None while that is not to be told
+    replicas: int = 0  # clients of this process that this is the sum of; 0: it is of one that is alone
+    ended: int = 0  # of these
 
 
 class Watch:
@@ -134,3 +139,45 @@ class Watch:
         """Forward passes are counted at once, a step when it is over."""
         self._phases = {name: max(s, self._phases.get(name, 0.0)) for name, s in phases.items()}
         return dict(self._phases)
+
+
+def together(views: Sequence[View], ended: int) -> View:
+    """Many clients of one run as one: what is counted is added up, epoch is that of the last of them, what is
+    measured is a mean. ended: how many of them have. views: at least one."""
+    states = {view.state for view in views}
+    state = next((busy for busy in _BUSY if busy in states), views[0].state)
+    return replace(
+        views[0],
+        client=-1,
+        state=state,
+        epoch=min(view.epoch for view in views),
+        batch=sum(view.batch for view in views),
+        batches=sum(view.batches for view in views),
+        done=fmean(view.done for view in views),
+        samples=sum(view.samples for view in views),
+        rate=sum(view.rate for view in views),
+        loss=_mean(view.loss for view in views),
+        score=_mean(view.score for view in views),
+        alone=_mean(view.alone for view in views),
+        queue=sum(view.queue for view in views),
+        outbox=sum(view.outbox for view in views),
+        waits=fmean(view.waits for view in views),
+        wire={way: _sums(view.wire[way] for view in views) for way in views[0].wire},
+        phases=_sums(view.phases for view in views),
+        seconds=max(view.seconds for view in views),
+        left_s=max((view.left_s for view in views if view.left_s is not None), default=None),
+        replicas=len(views),
+        ended=ended,
+    )
+
+
+def _mean(numbers: Iterable[float | None]) -> float | None:
+    """Of those that are known."""
+    known = [number for number in numbers if number is not None]
+    return fmean(known) if known else None
+
+
+def _sums(counts: Iterable[Mapping[str, N]]) -> dict[str, N]:
+    """By name; all have the same names."""
+    each = list(counts)
+    return {name: sum((count[name] for count in each[1:]), each[0][name]) for name in each[0]}

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from common.errors import ConfigError
 from dsl_lab import report, runs, table
 from dsl_lab.launch import Experiment, Setting, launch
 
@@ -23,6 +24,8 @@ class Demo:
 
     clients: int = 2
     """How many clients."""
+    processes: int = 0
+    """Divide them over so many processes (dsl-client --replicas); 0: each is a process of its own."""
     model: str = "resnet8"
     """The network: resnetN with N = 6n+2."""
     split: str = "m"
@@ -40,8 +43,16 @@ class Demo:
 def demo(options: Demo, console: Console) -> Path:
     """Runs it; the report's path. Raises LaunchError when a process fails."""
     out = options.out or Path("runs") / time.strftime("%Y%m%d-%H%M%S-demo")
-    experiments = [Experiment(_settings(options, method), out / method) for method in METHODS]
-    console.print(f"One server and {options.clients} clients, each a process of its own, on loopback.\n")
+    if not 0 <= options.processes <= options.clients:
+        raise ConfigError(
+            f"--processes {options.processes}: choose from 0 to {options.clients}, as many as --clients"
+        )
+    experiments = [
+        Experiment(_settings(options, method), out / method, processes=options.processes)
+        for method in METHODS
+    ]
+    where = f"in {options.processes} processes" if options.processes else "each a process of its own"
+    console.print(f"One server and {options.clients} clients, {where}, on loopback.\n")
     commands: list[str] = []
     for experiment in experiments:
         commands += [shlex.join(command) for command in _run(experiment, console)]

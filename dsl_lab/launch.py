@@ -89,6 +89,8 @@ class Experiment:
     device: where each of them computes. host: this machine's address, to the clients.
     link: given the server's port, the slow link by which all clients reach it.
     also: further flags of each client. in_order: clients join one after the other, so each has its number.
+    processes: the clients are divided over so many (dsl-client --replicas), with `workers` of each process
+    computing at a time, and `also` of each process; 0: each client is a process of its own.
     """
 
     settings: Mapping[str, Setting]
@@ -101,6 +103,8 @@ class Experiment:
     also: Sequence[Sequence[str]] = ()
     in_order: bool = False
     host: str = LOOPBACK
+    processes: int = 0
+    workers: int = 1
 
     @property
     def clients(self) -> int:
@@ -118,19 +122,8 @@ class Experiment:
         server = ["dsl-server", "--listen", f"{self.host}:{port}", "--out", str(self.server_folder)]
         for name, value in self.settings.items():
             server += _flag(name, value)
-        clients = [
-            [
-                "dsl-client",
-                "--server",
-                f"{self.host}:{door}",
-                "--name",
-                f"client-{i}",
-                "--out",
-                str(self.out / f"client-{i}"),
-                *(self.also[i] if self.also else ()),
-            ]
-            for i in range(self.clients)
-        ]
+        shared = [self._shared(door, number) for number in range(self.processes)]
+        clients = shared or [self._alone(door, number) for number in range(self.clients)]
         where = [] if self.device == "auto" else ["--device", self.device]
         open_to_all = [] if self.host == LOOPBACK else ["--insecure"]
         return [[*command, *where, *open_to_all] for command in (server, *clients)]
@@ -148,6 +141,20 @@ class Experiment:
     def log(self, index: int) -> Path:
         """The server's, which is 0, or a client's."""
         return self.out / (f"client-{index - 1}.log" if index else "server.log")
+
+    def _alone(self, door: int, number: int) -> list[str]:
+        """The command line of a client that has a process to itself."""
+        name = f"client-{number}"
+        where = ["--server", f"{self.host}:{door}", "--name", name, "--out", str(self.out / name)]
+        return ["dsl-client", *where, *(self.also[number] if self.also else ())]
+
+    def _shared(self, door: int, number: int) -> list[str]:
+        """The command line of a process of several clients."""
+        count = self.clients // self.processes + (number < self.clients % self.processes)
+        name = f"clients-{number}"
+        where = ["--server", f"{self.host}:{door}", "--name", name, "--out", str(self.out / name)]
+        many = ["--replicas", str(count), "--workers", str(min(self.workers, count))]
+        return ["dsl-client", *where, *many, *(self.also[number] if self.also else ())]
 
 
 def launch(
