@@ -9,6 +9,7 @@
     + PlanError        a batch came that the run has no place for (OUT_OF_RANGE)
   - ClosedError        the other end, or the run, is over; the message says why
     + StaleError       the membership is, or the server is about to be: join again (UNAVAILABLE)
+      * LostRankError  because a process of the server was lost, and all begin anew (UNAVAILABLE)
     + RefusedError     the server would not have this client (FAILED_PRECONDITION)
       * FullError      because it has all it was asked to have (RESOURCE_EXHAUSTED)
       * TakenError     because one of that identity has had a place (ALREADY_EXISTS)
@@ -87,6 +88,10 @@ class ClosedError(SplitLearningError):
 
 class StaleError(ClosedError):
     """The membership is over, or the server is about to be; who can come back does."""
+
+
+class LostRankError(StaleError):
+    """A process of the server, one of its ranks, is gone: the others cannot go on without it."""
 
 
 class RefusedError(ClosedError):

@@ -20,16 +20,21 @@ PACKAGES = ("decoupled-split-learning", "torch", "numpy", "grpcio", "protobuf")
 
 
 class RunFolder:
-    """Raises ConfigError when it cannot be made, or has a run in it already, unless that goes on."""
+    """Raises ConfigError when it cannot be made, or has a run in it already, unless that goes on.
 
-    def __init__(self, path: Path | None, run: Run, role: str, goes_on: bool = False) -> None:
+    owned: this process writes the run's files; else it only adds lines of its own.
+    """
+
+    def __init__(
+        self, path: Path | None, run: Run, role: str, goes_on: bool = False, owned: bool = True
+    ) -> None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         self.path = path or Path("runs") / f"{stamp}-{run.name}-{role}"
-        if (self.path / "run.json").exists() and not goes_on:
+        if owned and (self.path / "run.json").exists() and not goes_on:
             raise ConfigError(f"--out {self.path} holds a run already; choose another folder or remove it")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if not (goes_on and (self.path / "run.json").exists()):
+            if owned and not (goes_on and (self.path / "run.json").exists()):
                 self._write("run.json", _description(run, role))
         except OSError as error:
             raise ConfigError(f"--out {self.path}: {error.strerror}") from error

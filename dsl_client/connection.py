@@ -1,6 +1,7 @@
 """The client's connection: its membership of the run, and the calls that a member makes."""
 
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,6 +36,7 @@ from dsl_client.stream import Call, Examination, Flow, Outgoing, Segment, Stretc
 ANSWER_S = 30.0  # for Join's and Leave's answer, once connected
 PREFLIGHT_S = 1.0  # how often it is asked why there is no connection yet
 LONGEST_PAUSE_S = 2.0  # from one attempt to come back to the next
+MOVES = 4  # from one process of the server to the next, until a client has its place
 FRUITLESS = 8  # times that a client comes back at least, and nothing gets through, until it gives up
 
 T = TypeVar("T")
@@ -130,7 +132,25 @@ class Connection:
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
     def _join(self, takeover: bool) -> pb.Welcome:
-        wait_for(self._channels[-1], self._target, self._credentials, self._patience)
+        """At the server's address, or where that sends it."""
+        if self._at != self._target:
+            self._open()
+        for _ in range(MOVES):
+            answered = self._ask_in(takeover)
+            if isinstance(answered, pb.Welcome):
+                return answered
+            if not re.fullmatch(r"[^\s]{1,255}:[0-9]{1,5}", answered.address):
+                raise WireError(
+                    f"the server sends this client to {answered.address[:64]!r}, which is no host:port"
+                )
+            self._open(answered.address)
+        raise ClosedError(
+            f"the server at {self._target} sent this client on {MOVES} times: its ranks disagree"
+        )
+
+    def _ask_in(self, takeover: bool) -> pb.Welcome | pb.Moved:
+        """The welcome; or where to ask."""
+        wait_for(self._channels[-1], self._at, self._credentials, self._patience)
         memory = self.memory
         request = pb.JoinRequest(
             oldest_version=rpc.VERSION,
@@ -148,9 +168,13 @@ class Connection:
         late.start()
         try:
             with telling():
-                welcome: pb.Welcome = following(membership).welcome
+                answer = following(membership)
         finally:
             late.cancel()
+        if answer.WhichOneof("message") == "moved":
+            moved: pb.Moved = answer.moved
+            return moved
+        welcome: pb.Welcome = answer.welcome
         if welcome.version != rpc.VERSION:
             raise WireError(f"the server speaks protocol version {welcome.version}, not {rpc.VERSION}")
         memory.belongs_to(welcome.run_id)
@@ -313,8 +337,10 @@ class Connection:
         if self._over:
             raise self._over
 
-    def _open(self) -> None:
-        self._channels.append(self._shared or channel_to(self._target, self._credentials))
+    def _open(self, address: str = "") -> None:
+        self._at = address or self._target
+        shared = None if address else self._shared
+        self._channels.append(shared or channel_to(self._at, self._credentials))
         self._calls = calls_by(self._channels[-1], rpc.RPCS, self._traffic, self._clock)
 
     def _drop(self) -> None:

@@ -1,26 +1,33 @@
 """dsl-server: holds the top of the network and learns from the activations that clients send."""
 
 import json
+import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from common import cli, tls
-from common.errors import ClosedError, ConfigError, StaleError
+from common.errors import ClosedError, ConfigError, SplitLearningError, StaleError
 from common.exporter import Exporter
 from common.progress import Progress, megabytes
 from common.run import Run, defaults_from
+from dsl_server import torchrun
 from dsl_server.dashboard.serve import Dashboard
 from dsl_server.room import make_room_for_files
 from dsl_server.trackers import MLflow, TensorBoard, Tracker, Tracking
+
+if TYPE_CHECKING:
+    from dsl_server.ranks import Ranks
+    from dsl_server.server import Server
+    from dsl_server.ticks import Pace
 
 PROGRAM = "dsl-server"
 DESCRIPTION = """Holds the top of a network that is cut in two, and the description of the run.
@@ -63,10 +70,23 @@ class Options:
     serve: Path | None = None
     """Serve predictions of the finished run in this folder, until stopped. The run's settings are those that
     it has."""
+    server_sync: str = "step"
+    """Under torchrun: step, where the ranks make each step together; or every:H, where each steps on its own
+    and their weights are averaged every H ticks (docs/ranks.md)."""
+    tick_batches: int = 1
+    """Under torchrun: batches with which a rank's share of a tick closes."""
+    tick_ms: float = 20.0
+    """Under torchrun: milliseconds after which it closes in any case."""
+    rank_timeout: float = 60.0
+    """Under torchrun: seconds for which the ranks wait for one of them; then it is lost."""
+    advertise: str | None = None
+    """Under torchrun: the address by which clients find this host, or host:port; else that of --listen, or
+    this host's name."""
     print_config: bool = False
     """Print the run's settings as TOML, and end."""
 
 
+WHY_S = 1.0  # for a rank that torchrun stops to learn which other one is lost
 DRAIN_S = 20.0  # for what has come to be learned from and saved, when the process is asked to end
 
 
@@ -122,6 +142,66 @@ def _predict(options: Options, ended: Path) -> int:
 
 def _serve(options: Options) -> int:
     tls.check_exposure("--listen", options.listen, options.certs, options.insecure)
+    here = torchrun.here(os.environ)
+    if options.resume and torchrun.begins(options.resume, os.environ):
+        options = replace(options, out=options.resume, resume=None)
+    if here is None:
+        for flag in ("server_sync", "tick_batches", "tick_ms", "rank_timeout", "advertise"):
+            if (value := getattr(options, flag)) != getattr(Options, flag):
+                raise ConfigError(
+                    f"--{flag.replace('_', '-')} {value}: is of a server of several ranks; start it by "
+                    "torchrun --nproc-per-node 2 or more"
+                )
+        return _serve_run(options)
+    options = replace(options, listen=here.listen(options.listen))
+    from dsl_server.ranks import Ranks  # these import torch
+    from dsl_server.ticks import Pace
+
+    pace = Pace.of(options.tick_batches, options.tick_ms, options.server_sync)
+    ranks = Ranks.met(cli.device_of(here.device(options.device)), options.rank_timeout)
+    try:
+        return (_serve_run if ranks.first else _serve_beside)(options, ranks, pace)
+    except SplitLearningError as error:
+        ranks.fail(error)
+        raise
+
+
+def _serve_beside(options: Options, ranks: "Ranks", pace: "Pace") -> int:
+    """As a rank that is not the first, which shows and writes what there is of the run."""
+    credentials = tls.Credentials.read(options.certs, "server") if options.certs else None
+    from common.rundir import RunFolder  # these import torch
+    from dsl_server.server import Server
+
+    told = json.loads(ranks.from_first(None))
+    run, progress = Run.from_json(told["run"]), Progress(PROGRAM)
+    folder = RunFolder(Path(told["folder"]), run, "server", owned=False)
+    server = Server(
+        run,
+        options.listen,
+        ranks.device,
+        folder,
+        credentials=credentials,
+        ranks=ranks,
+        pace=pace,
+        advertise=options.advertise or "",
+    )
+    stopping = ClosedError("the run is over")
+    progress.log(f"rank {ranks.rank} of {ranks.size}, {ranks.device}, listening on port {server.port}")
+    server.start()
+    try:
+        while not server.wait(timeout=0.2):
+            pass
+        progress.log(
+            f"rank {ranks.rank}: its clients have left: {', '.join(map(str, server.rounds.members()))}"
+        )
+    except cli.Stopped as stopped:
+        stopping = _stopping(server, run, stopped)
+    finally:
+        server.stop(stopping)
+    return 0
+
+
+def _serve_run(options: Options, ranks: "Ranks | None" = None, pace: "Pace | None" = None) -> int:
     credentials = tls.Credentials.read(options.certs, "server") if options.certs else None
     page = None if options.dashboard is None else Dashboard(options.dashboard, options.dashboard_host)
     port, host = options.metrics_port, options.metrics_host
@@ -134,7 +214,7 @@ def _serve(options: Options) -> int:
 
     run = run_of(options.resume) if options.resume else settled(options.run)
     make_room_for_files(run.clients)
-    device = cli.device_of(options.device)
+    device = ranks.device if ranks else cli.device_of(options.device)
     folder = RunFolder(options.resume or options.out, run, "server", goes_on=options.resume is not None)
     held = Held(folder.path, "--resume" if options.resume else "--out")
     progress = Progress(PROGRAM)
@@ -145,8 +225,21 @@ def _serve(options: Options) -> int:
     def trouble(text: str) -> None:
         progress.log(f"WARNING: {text}")
 
-    resume = options.resume is not None
-    server = Server(run, options.listen, device, folder, lost, credentials, trouble, resume)
+    if ranks:
+        ranks.from_first(json.dumps({"run": run.to_json(), "folder": str(folder.path)}).encode())
+    server = Server(
+        run,
+        options.listen,
+        device,
+        folder,
+        lost,
+        credentials,
+        trouble,
+        resume=options.resume is not None,
+        ranks=ranks,
+        pace=pace,
+        advertise=options.advertise or "",
+    )
     stopping = ClosedError("the run is over")
     with progress, ExitStack() as shown:
         progress.log(_greeting(options, run, server.port, str(device)))
@@ -168,11 +261,8 @@ def _serve(options: Options) -> int:
             summary = server.finish()
         except cli.Stopped as stopped:
             progress.end()
-            stopping = ClosedError(f"the server was stopped ({stopped})")
-            if not run.lasts or stopped.number != signal.SIGTERM:
-                raise
-            stopping = StaleError("the server is draining: it will be back")
-            server.drain(stopping, DRAIN_S)
+            stopping = ClosedError(f"the server was stopped ({stopped})")  # if the next line raises
+            stopping = _stopping(server, run, stopped)
             progress.log(f"drained: go on with --resume {folder.path}")
             return 0
         finally:
@@ -188,6 +278,18 @@ def _serve(options: Options) -> int:
             with suppress(cli.Stopped):
                 time.sleep(min(options.linger, threading.TIMEOUT_MAX))
     return 0
+
+
+def _stopping(server: "Server", run: Run, stopped: cli.Stopped) -> ClosedError:
+    """What the clients are told, once the server is drained. Raises the reason if the run cannot be gone on
+    with, or another rank's end is why this one is stopped."""
+    if server.ranks and (failure := server.failed(WHY_S)):
+        raise failure
+    if not run.lasts or stopped.number != signal.SIGTERM:
+        raise stopped
+    draining = StaleError("the server is draining: it will be back")
+    server.drain(draining, DRAIN_S)
+    return draining
 
 
 def _trackers(options: Options) -> Iterator[Tracker]:

@@ -24,6 +24,7 @@ A checkpoint is made between ticks, when it is asked for. Where clients can go b
 """
 
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
@@ -144,7 +145,7 @@ class Inbox:
 
     can_spare: whether the trainer has something of its own to do when nothing waits, which it tells as often
     as that is so; asked only where batches are served as they come. in_step: clients come back to waypoints
-    only. on_epoch_end: told of each that is taken.
+    only. on_epoch_end: told of each that is taken. places: the clients whose batches come here, if not all.
     """
 
     def __init__(
@@ -159,7 +160,9 @@ class Inbox:
         in_step: bool = False,
         on_epoch_end: Callable[[EpochEnd], None] = lambda _: None,
         together: int = 1,
+        places: Sequence[int] | None = None,
     ) -> None:
+        mine = range(clients) if places is None else places
         self._can_spare, self._in_step, self._on_epoch_end = can_spare, in_step, on_epoch_end
         self._save_due = False
         self._owed: int | None = None  # who is to send once more what the tick goes on with
@@ -167,10 +170,10 @@ class Inbox:
         self._lanes: list[deque[Item]] = [deque() for _ in range(clients)]
         self._tick: deque[Work] = deque()  # taken from the lanes, not yet served
         self._served: Work = ()  # what was given last
-        self._to_join = set(range(clients))
-        self._members = set(range(clients))  # those that have not left and are not lost
+        self._to_join = set(mine)
+        self._members = set(mine)  # those that have not left and are not lost
         self._lost: dict[int, ClosedError] = {}  # client to reason
-        self._in_epoch = set(range(clients))  # those that have batches left, in fixed order
+        self._in_epoch = set(mine)  # those that have batches left, in fixed order
         self._depth = depth
         self._fixed_order = fixed_order
         self._gather, self._together = gather, together
@@ -200,6 +203,12 @@ class Inbox:
         """A checkpoint is due, as soon as one can be made."""
         with self._changed:
             self._save_due = True
+            self._changed.notify_all()
+
+    def saved(self) -> None:
+        """A checkpoint has been made: none is due any more."""
+        with self._changed:
+            self._save_due = False
             self._changed.notify_all()
 
     def put(self, item: Item) -> None:
@@ -286,7 +295,18 @@ class Inbox:
         while (work := self._next()) is not None:
             yield work
 
-    def _next(self) -> Work | None:
+    def take(self, timeout: float) -> Work | None:
+        """What comes next, as iterating gives it, and None at the end; `Spare` where nothing has come within
+        so many seconds."""
+        return self._next(time.monotonic() + timeout)
+
+    @property
+    def closed(self) -> ClosedError | None:
+        """Why it is closed, if it is."""
+        return self._closed
+
+    def _next(self, until: float | None = None) -> Work | None:
+        """until: a moment, by the monotonic clock, after which there is nothing more to wait for."""
         with self._changed:
             self._wait_for_owed()
             while not self._tick:
@@ -296,7 +316,13 @@ class Inbox:
                 if not (self._fixed_order or self._ready()) and self._can_spare():
                     self._served = Spare()
                     return self._served
-                self._wait()
+                if until is None:
+                    self._wait()
+                elif not self._changed.wait_for(
+                    lambda: self._ready() or self._can_save(), max(0.0, until - time.monotonic())
+                ):
+                    self._served = Spare()
+                    return self._served
                 if self._can_save():
                     continue
                 if self._closed or not self._active():

@@ -29,7 +29,7 @@ from common.wire.pieces import Digest, Piece
 from dsl_server.inbox import EpochEnd, Inbox, Job, Trained
 from dsl_server.ledger import Mark
 from dsl_server.rounds import Member, Rounds
-from dsl_server.saver import Saver, Unsaved
+from dsl_server.saver import Keeper
 
 Pieces = Iterator[Piece[Any]]
 
@@ -45,7 +45,7 @@ class Intake:
         inbox: Inbox,
         rounds: Rounds,
         clock: Clock,
-        saver: Saver | Unsaved,
+        saver: Keeper,
     ) -> None:
         self._run, self._method, self._spec = run, method, spec
         self._inbox, self._rounds, self._clock, self._saver = inbox, rounds, clock, saver

@@ -14,7 +14,7 @@ the checkpoint, with the weights, it then knows exactly what it has forgotten, a
 
 import hashlib
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -94,7 +94,7 @@ class Account:
 class Newcomer:
     """Who asks to join. identity: its secret, none if it will not come back. session: its last one, if this
     process has had any. durable: the number up to which it has thrown its batches away. single: of this name
-    there is but one."""
+    there is but one. place: that it has been given, where it is not the next that is free."""
 
     name: str
     identity: str = ""
@@ -103,22 +103,28 @@ class Newcomer:
     durable: int = 0
     takeover: bool = False
     single: bool = False
+    place: int | None = None
 
 
 class Ledger:
-    """places: clients of the run. binding: a number stands for certain bytes, and never for others.
+    """places: clients of the run, or those of them that come here. binding: a number stands for certain
+    bytes, and never for others.
 
     Not thread-safe: whoever shares it holds a lock.
     """
 
-    def __init__(self, places: int, run_id: str = "", binding: bool = True) -> None:
-        self.places, self._binding = places, binding
+    def __init__(self, places: int | Sequence[int], run_id: str = "", binding: bool = True) -> None:
+        self.places, self._binding = range(places) if isinstance(places, int) else places, binding
         self.run_id = run_id or secrets.token_hex(8)
-        self.accounts: list[Account] = []  # by client
+        self.accounts: list[Account] = []  # in the order of their clients
+        self._at: dict[int, Account] = {}
         self.duplicates = 0  # batches that came again
         self._speaking: dict[str, Account] = {}  # by session: each account's last one
 
     # ------------------------------------------------------------ who is there
+
+    def of(self, client: int) -> Account:
+        return self._at[client]
 
     def join(self, who: Newcomer) -> Account:
         """A place for a newcomer, or the one that it had; its session is a new one in any case.
@@ -249,13 +255,18 @@ class Ledger:
         }
 
     @classmethod
-    def restored(cls, places: int, snapshot: Mapping[str, Any], binding: bool = True) -> "Ledger":
-        """As it was then; nobody is present, and what was received only is due again."""
+    def restored(
+        cls, places: int | Sequence[int], snapshot: Mapping[str, Any], binding: bool = True
+    ) -> "Ledger":
+        """As it was then, of those whose place is here; nobody is present, and what was received only is due
+        again."""
         ledger = cls(places, snapshot["run_id"], binding)
         for known in snapshot["accounts"]:
+            if known["client"] not in ledger.places:
+                continue
             mark = Mark(**known["applied"])
             marks = {"received": mark, "applied": mark, "laid": mark.sequence}
-            ledger.accounts.append(Account(**{**known, **marks, "fenced": set(known["fenced"])}))
+            ledger._add(Account(**{**known, **marks, "fenced": set(known["fenced"])}))
         return ledger
 
     def _of(self, who: Newcomer) -> Account | None:
@@ -267,18 +278,30 @@ class Ledger:
             raise TakenError(
                 f"{who.name!r} has a place in the run; each client needs a certificate of its own"
             )
-        if len(self.accounts) == self.places:
+        if who.place in self._at:
+            raise TakenError(
+                f"{who.name!r} has had its place, and nobody comes back to a run without checkpoints; start "
+                "the server with --checkpoint-every"
+            )
+        client = next((place for place in self.places if place not in self._at), None)
+        if client is None:
             names = ", ".join(map(str, self.accounts[:_NAMED]))
             names += f" and {len(self.accounts) - _NAMED} more" if len(self.accounts) > _NAMED else ""
             raise FullError(
-                f"{who.name!r} is one too many: the run has places for {self.places} and they are taken by "
-                f"{names}; start the server with --clients {self.places + 1}"
+                f"{who.name!r} is one too many: the run has places for {len(self.places)} and they are taken "
+                f"by {names}; start the server with --clients {len(self.places) + 1}"
             )
         session = secrets.token_hex(16)
-        account = Account(len(self.accounts), who.name, hashed(who.identity), 1, session, True, {session})
-        self.accounts.append(account)
-        self._speaking[session] = account
+        client = client if who.place is None else who.place
+        account = Account(client, who.name, hashed(who.identity), 1, session, True, {session})
+        self._add(account)
         return account
+
+    def _add(self, account: Account) -> None:
+        self._at[account.client] = account
+        if account.session:
+            self._speaking[account.session] = account
+        self.accounts = [self._at[client] for client in sorted(self._at)]
 
 
 def hashed(secret: str) -> str:

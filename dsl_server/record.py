@@ -1,5 +1,6 @@
 """What the run has come to: counts, losses, scores; a line for each evaluation, a summary at the end."""
 
+import math
 import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -21,6 +22,7 @@ from dsl_server.tally import Tally
 
 _CLIENT_PHASES = ("forward", "backward", "encode", "wait")
 _INSTANTS = ("peak", "held")
+TOLD_EVERY_S = 1.0  # sums, of ranks that are not the first
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Record:
         self.samples_trained = self.samples_replayed = self.steps_skipped = 0
         self.epoch = 0  # the latest that a client has begun, from 0
         self.loss = float("nan")  # a running mean, for who watches
+        self._elsewhere: dict[int, Mapping[str, Any]] = {}  # by rank: the sums that it told last
         self.test: dict[str, Any] = {"accuracy": None, "loss": None, "client_only_accuracy": None}
 
     @property
@@ -156,7 +159,7 @@ class Record:
                 "counts": [self.samples_trained, self.samples_replayed, self.steps_skipped],
                 "epoch": self.epoch,
                 "test": self.test,
-                "wire": self._traffic.by_kind(),
+                "wire": self.wire(),
                 "clients": self.tally.state(),
             }
 
@@ -192,11 +195,11 @@ class Record:
             **({"samples_replayed": self.samples_replayed} if self.samples_replayed else {}),
             **({"steps_skipped": self.steps_skipped} if self.steps_skipped else {}),
             "test": self.test,
-            "wire": {**self._traffic.by_kind(), "socket": self._sockets.counts()},
+            "wire": {**self.wire(), "socket": self.socket()},
             "seconds": {"wall": self.seconds, "client": self._client_seconds(), "server": self.phases()},
             "peak_bytes": {
                 "client": max((m.peak_bytes for m in self._measurements.values()), default=0),
-                "server": peak_bytes(self._device) if self._alone else 0,
+                "server": max([self.peak(), *(told["peak"] for told in self._elsewhere.values())]),
             },
             **({"memory": self._memory(self._gauge)} if self._gauge else {}),
         }
@@ -218,10 +221,44 @@ class Record:
         return {"client": theirs["peak"], "server": gauge.peak, "held": theirs["held"]}
 
     def phases(self) -> dict[str, float]:
-        """The server's seconds: forward, backward, decode, idle."""
+        """The server's seconds: forward, backward, decode, idle; of several ranks their sums."""
         seconds = self._clock.seconds("forward", "step", "decode", "idle")
         backward = seconds.pop("step") - seconds["forward"]
-        return {"forward": seconds["forward"], "backward": backward, **seconds}
+        own = {"forward": seconds["forward"], "backward": backward, **seconds}
+        told = [told["phases"] for told in self._elsewhere.values()]
+        return {name: s + sum(phases[name] for phases in told) for name, s in own.items()}
+
+    def wire(self) -> dict[str, dict[str, int]]:
+        """As `Traffic.by_kind`, of all ranks."""
+        told = [told["wire"] for told in self._elsewhere.values()]
+        return {
+            way: {kind: n + sum(wire[way][kind] for wire in told) for kind, n in kinds.items()}
+            for way, kinds in self._traffic.by_kind().items()
+        }
+
+    def socket(self) -> dict[str, int] | None:
+        """As the kernel counts; None where it is mute at any rank."""
+        all_ = [self._sockets.counts(), *(told["socket"] for told in self._elsewhere.values())]
+        if not all(all_):
+            return None
+        return {way: sum(counts[way] for counts in all_ if counts) for way in ("up", "down")}
+
+    def peak(self) -> int:
+        return peak_bytes(self._device) if self._alone else 0
+
+    def hear(self, rank: int, told: Mapping[str, Any]) -> None:
+        """What another rank's record has told of its clients (`RankRecord.news`)."""
+        self._elsewhere[rank] = told
+        self.tally.take_over({int(client): known for client, known in told["clients"].items()})
+        if told["joined"]:
+            self.joined()
+        with self._lock:
+            self.epoch = max(self.epoch, told["epoch"])
+        for client, measured in told["left"]:
+            with self._lock:
+                self._measurements[client] = ParseDict(measured, pb.Measurements())
+        for client, epoch, evaluation in told["evaluated"]:
+            self.evaluated(client, epoch, Evaluation(**evaluation))
 
     def _write_lines(self) -> None:
         for epoch, evaluations in sorted(self._epochs.items()):
@@ -249,12 +286,60 @@ class Record:
                 **_means(self._facts),
             },
             "test": self.test,
-            "wire": {"up": self._traffic.total("up"), "down": self._traffic.total("down")},
+            "wire": {way: sum(kinds.values()) for way, kinds in self.wire().items()},
         }
         self._folder.add_metrics(line)
         self.lines = (*self.lines, line)
         self._loss_sum, self._loss_samples = 0.0, 0
         self._facts.clear()
+
+
+class RankRecord(Record):
+    """Of a rank that is not the first: what befalls its clients is told to the first, and written there."""
+
+    _told_at = -math.inf  # monotonic seconds
+    _events: tuple[list[Any], list[Any]] | None = None  # evaluations, and who left
+
+    def evaluated(self, client: int, epoch: int, evaluation: Evaluation) -> None:
+        self.tally.told(client, evaluation.client_loss)
+        with self._lock:
+            self._due()[0].append([client, epoch, asdict(evaluation)])
+
+    def left(self, client: int, measurements: pb.Measurements) -> None:
+        self._sockets.read()
+        with self._lock:
+            measured = MessageToDict(measurements, preserving_proto_field_name=True)
+            self._due()[1].append([client, measured])
+
+    def news(self, clients: Sequence[int], now: bool = False) -> dict[str, Any] | None:
+        """What the first rank has not been told yet: events, once each, and sums, of these clients; in terms
+        of JSON. None where there is nothing of importance, unless `now`."""
+        with self._lock:
+            if not (now or self._events or time.monotonic() - self._told_at > TOLD_EVERY_S):
+                return None
+            (evaluated, left), self._events = self._due(), None
+            self._told_at = time.monotonic()
+            all_ = self.tally.state()
+            return {
+                "evaluated": evaluated,
+                "left": left,
+                "joined": self._start is not None,
+                "epoch": self.epoch,
+                "clients": {client: all_[client] for client in clients},
+                "wire": self.wire(),
+                "socket": self.socket(),
+                "phases": self.phases(),
+                "peak": self.peak(),
+            }
+
+    def _due(self) -> tuple[list[Any], list[Any]]:
+        self._events = self._events or ([], [])
+        return self._events
+
+    def restore(self, state: Mapping[str, Any], lost: Collection[int]) -> None:
+        """Of what the first rank goes on from only its own clients' counts."""
+        self.tally.restore(state["clients"])
+        self.epoch = state["epoch"]
 
 
 def _means(facts: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -16,6 +16,7 @@ from common.run import Run
 from common.sampling import drawn
 from dsl_server.ledger import Account, Ledger, Mark, Newcomer
 
+Named = Callable[[tuple[str, ...], str], tuple[tuple[str, ...], str]]
 PATIENCE_S = 10.0  # how long a call waits for an earlier one of its client that has not begun
 
 
@@ -53,7 +54,8 @@ class Rounds:
         on_average: Callable[[int, dict[int, int]], None] = lambda *_: None,
         ledger: Ledger | None = None,
     ) -> None:
-        self._run = run
+        self._run, self._shared = run, False
+        self._first_named: Named = lambda names, by: (names, by)
         self._on_close, self._on_lost, self._on_average = on_close, on_lost, on_average
         self.ledger = ledger or Ledger(run.clients)
         self._receiving = set[int]()  # clients that have an open segment
@@ -74,6 +76,11 @@ class Rounds:
         lock = threading.RLock()
         self._changed = threading.Condition(lock)
         self._of = [threading.Condition(lock) for _ in range(run.clients)]
+
+    def share(self, first_named: Named) -> None:
+        """There are clients elsewhere, too: averages are made with theirs (`given`, `averaged`). first_named:
+        tells them what the classes are called, and gives the names that were told first, and by whom."""
+        self._shared, self._first_named = True, first_named
 
     def join(self, who: Newcomer, idle: bool = False) -> Member:
         """A new session of a client, which may have had a place before.
@@ -111,6 +118,10 @@ class Rounds:
     def members(self) -> list[Account]:
         with self._changed:
             return list(self.ledger.accounts)
+
+    def account(self, client: int) -> Account:
+        with self._changed:
+            return self.ledger.of(client)
 
     def client_of(self, session: str) -> int | None:
         """Whose session this is, if it is the last one of a member."""
@@ -151,8 +162,7 @@ class Rounds:
         told: one label would mean two things."""
         with self._changed:
             if not self._class_names:
-                self._class_names = tuple(class_names)
-                self._named_by = str(member)
+                self._class_names, self._named_by = self._first_named(tuple(class_names), str(member))
             if tuple(class_names) != self._class_names:
                 ours, theirs = _listed(self._class_names), _listed(class_names)
                 raise RefusedError(
@@ -282,23 +292,23 @@ class Rounds:
     def laid(self, client: int, mark: Mark) -> None:
         """The batch lies in the client's lane: what comes now comes after it."""
         with self._changed:
-            self.ledger.accounts[client].laid = mark.sequence
+            self.ledger.of(client).laid = mark.sequence
             self._wake(client)
 
     def give_back(self, client: int) -> None:
         """What came of this client and could not be applied is due again."""
         with self._changed:
-            self.ledger.give_back(self.ledger.accounts[client])
+            self.ledger.give_back(self.ledger.of(client))
 
     def apply(self, client: int, mark: Mark) -> None:
         """The server's part has learned of this client's batches up to the mark."""
         with self._changed:
-            self.ledger.apply(self.ledger.accounts[client], mark)
+            self.ledger.apply(self.ledger.of(client), mark)
             self._wake(client)
 
     def wait_until_applied(self, client: int, sequence: int) -> None:
         """Until the server's part has learned of this client's batch of that number. Raises why it cannot."""
-        account = self.ledger.accounts[client]
+        account = self.ledger.of(client)
         self._wait_for(lambda: account.applied.sequence >= sequence or bool(account.lost), client=client)
         if account.applied.sequence < sequence:
             raise ClosedError(account.lost)
@@ -336,18 +346,44 @@ class Rounds:
             self._parts[member.client] = (part, samples)
             self._wake_givers()
             with self._waits_for_others(member):
-                self._wait_for(lambda: self._averages_made > number or self._all_given(), member)
+                self._wait_for(lambda: self._averages_made > number or self._is_complete(), member)
             if self._averages_made == number:  # the first to wake makes it for all
-                given = {client: n for client, (_, n) in sorted(self._parts.items()) if n}
-                if given:  # else all who were drawn are lost, and the one before stands
-                    parts = [self._parts[client][0] for client in given]
-                    self._average = average(parts, list(given.values()))
-                self._on_average(epoch, given)
-                self._averages_made += 1
-                for client in self._parts:
-                    self._wake(client)
-                self._parts.clear()
+                self._average = self._mean() or self._average
+                self._on_average(epoch, {client: n for client, (_, n) in self._parts.items() if n})
+                self._made()
             return self._average  # the next one cannot be made before this member has come back
+
+    def given(self) -> tuple[bool, int]:
+        """Where averages are shared: whether no client of this place is still to give its part of the next
+        one; and then the samples behind those given, 0 if none was."""
+        with self._changed:
+            ready = self._all_given()
+            return ready, sum(samples for _, samples in self._parts.values()) if ready else 0
+
+    def own_mean(self) -> State:
+        """The mean of the parts that are given; of none, none."""
+        with self._changed:
+            return self._mean()
+
+    def averaged(self, mean: State) -> None:
+        """The average of the parts of all places, none where nobody gave any: those who wait for it go on."""
+        with self._changed:
+            self._average = mean or self._average
+            self._made()
+
+    def _mean(self) -> State:
+        """Of the parts that are here; of none, since all who were drawn are lost, none."""
+        given = [self._parts[client] for client in sorted(self._parts) if self._parts[client][0]]
+        return average([part for part, _ in given], [samples for _, samples in given]) if given else {}
+
+    def _made(self) -> None:
+        self._averages_made += 1
+        for client in self._parts:
+            self._wake(client)
+        self._parts.clear()
+
+    def _is_complete(self) -> bool:
+        return not self._shared and self._all_given()
 
     def take_turn(self, member: Member, epoch: int) -> State:
         """Waits for the member's turn; the part of the client before it, empty at the first turn. Raises
@@ -441,7 +477,7 @@ class Rounds:
     def _all_given(self) -> bool:
         """Whether every client that remains, or is still to join, has come to this average."""
         gone = {account.client for account in self.ledger.accounts if account.gone}
-        return all(client in self._parts or client in gone for client in range(self._run.clients))
+        return all(client in self._parts or client in gone for client in self.ledger.places)
 
     def _wake(self, client: int) -> None:
         """Whoever waits for something of this client; and for the run."""
@@ -454,12 +490,12 @@ class Rounds:
 
     def _wake_givers(self) -> None:
         """Those that wait for the average, once it can be made."""
-        if self._parts and self._all_given():
+        if self._parts and self._is_complete():
             for client in self._parts:
                 self._wake(client)
 
     def _finished(self) -> bool:
-        places_taken = len(self.ledger.accounts) == self._run.clients
+        places_taken = len(self.ledger.accounts) == len(self.ledger.places)
         return places_taken and all(account.gone for account in self.ledger.accounts)
 
     def _wait_for(

@@ -84,6 +84,12 @@ class Saver:
             self._waiting = captured
             self._changed.notify_all()
 
+    @property
+    def is_free(self) -> bool:
+        """Whether none is being written."""
+        with self._changed:
+            return self._waiting is None
+
     def close(self, reason: ClosedError) -> None:
         with self._changed:
             self._over = self._over or reason
@@ -147,3 +153,63 @@ class Unsaved:
     def take(self) -> None: ...
 
     def close(self, reason: ClosedError) -> None: ...
+
+
+class Follower:
+    """Of a rank whose checkpoints the first one writes, for all at once.
+
+    hand_over: gives the first rank what the checkpoint is to have of this one; called by the trainer.
+    """
+
+    def __init__(self, hand_over: Callable[[], None]) -> None:
+        self._hand_over = hand_over
+        self._asked = self._taken = self._written = 0  # as the saver's
+        self._number = 0  # of checkpoints handed over
+        self._asked_by: dict[int, int] = {}  # the number of one that is not on disk yet: what it covers
+        self._over: ClosedError | None = None
+        self._changed = threading.Condition()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether somebody has asked for one since the last."""
+        with self._changed:
+            return self._asked > self._taken
+
+    def start(self, before: list[Saved]) -> None: ...
+
+    def stir(self) -> None: ...
+
+    def request(self) -> None:
+        with self._changed:
+            self._asked += 1
+
+    def commit(self) -> None:
+        """As the saver's."""
+        with self._changed:
+            self._asked += 1
+            mine = self._asked
+            self._changed.wait_for(lambda: self._over or self._written >= mine)
+            if self._written < mine and self._over:
+                raise self._over
+
+    def take(self) -> None:
+        with self._changed:
+            self._number += 1
+            self._taken = self._asked_by[self._number] = self._asked
+        self._hand_over()
+
+    def written(self, number: int) -> None:
+        """The checkpoint of this number is on disk, and those before it."""
+        with self._changed:
+            covered = [asked for taken, asked in self._asked_by.items() if taken <= number]
+            self._asked_by = {taken: asked for taken, asked in self._asked_by.items() if taken > number}
+            self._written = max([self._written, *covered])
+            self._changed.notify_all()
+
+    def close(self, reason: ClosedError) -> None:
+        with self._changed:
+            self._over = self._over or reason
+            self._changed.notify_all()
+
+
+Keeper = Saver | Follower | Unsaved

@@ -4,12 +4,14 @@ import contextlib
 import json
 import math
 import re
+import socket
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import grpc
@@ -49,13 +51,17 @@ from dsl_server.inbox import Inbox, Job
 from dsl_server.intake import Intake
 from dsl_server.kernel import Sockets
 from dsl_server.ledger import Ledger
-from dsl_server.record import Record
+from dsl_server.places import Everywhere, Places, agreed_names
+from dsl_server.ranks import GRACE_S, Ranks
+from dsl_server.record import RankRecord, Record
 from dsl_server.room import memory_warning
 from dsl_server.rounds import Rounds
-from dsl_server.saver import Saver, Unsaved
+from dsl_server.saver import Follower, Saver, Unsaved
 from dsl_server.service import Service, add_to
+from dsl_server.sharing import Sharing, begin
 from dsl_server.shelf import DiskShelf
 from dsl_server.tally import Tally
+from dsl_server.ticks import Pace, Ticks, check
 from dsl_server.trainer import Trainer
 from dsl_server.watch import Watch
 
@@ -64,6 +70,7 @@ _CALLS_OF_A_CLIENT = 4  # Join, a segment, the one before it that awaits its rec
 # of torch: with Python's own 5 ms before another lets go, 64 clients' threads left it a tenth of its speed.
 SWITCH_S = 0.0002
 LINGER_S = 10.0  # for clients that may not have heard that they have left, to ask again
+_ANY = ("0.0.0.0", "[::]", "")
 _SPARE_CALLS = 8  # of a connection: health, reflection, clients that are one too many
 
 
@@ -74,7 +81,8 @@ class Server:
     disk, while it is, and for what there is too little memory. credentials: with them clients need a
     certificate, and are who it says. resume: go on from the newest checkpoint in the folder. threads: of the
     arithmetic; 0: as torch has it. alone: whether it has its process to itself; else its peak memory is not
-    known, and Python's threads switch as they do there.
+    known, and Python's threads switch as they do there. ranks: the other processes that it is one server
+    with, if any; pace: of their ticks; advertise: where clients find this one.
     """
 
     def __init__(
@@ -89,14 +97,21 @@ class Server:
         resume: bool = False,
         threads: int = 0,
         alone: bool = True,
+        ranks: Ranks | None = None,
+        pace: Pace | None = None,
+        advertise: str = "",
     ) -> None:
         run = settled(run)
         if alone:
             sys.setswitchinterval(SWITCH_S)
+        self.ranks = ranks
         self._threads = 1 if run.deterministic else threads
         self.run, self._folder, self._on_lost, self._on_trouble = run, folder, on_lost, on_trouble
         chance.seed(run.seed)  # for dropout
         self.method = build_method(run)
+        if ranks:
+            pace = pace or Pace()
+            check(run, self.method, pace)
         net = chance.built(run)
         self.part = server_part(run, self.method, net, device)
         self.traffic, self._clock = Traffic(), Clock()
@@ -109,6 +124,7 @@ class Server:
         rounds = self.method.copies or self.method.round_step is not None  # something is done at their end
         together = self.method.gather is Gather.ALL or rounds or run.fixed_order
         in_turn = together and run.sync != "relay"  # whose turns are an order already
+        own = range(run.clients)[ranks.rank :: ranks.size] if ranks else range(run.clients)
         self.inbox = Inbox(
             run.clients,
             run.inbox,
@@ -119,17 +135,23 @@ class Server:
             can_spare=lambda: self.hosting.can_replay and not run.fixed_order,
             in_step=self.method.goes_back,
             on_epoch_end=lambda end: self.rounds.apply(end.client, end.mark),
-            together=run.concatenate,
+            together=run.clients if ranks and run.fixed_order else run.concatenate,
+            places=own,
         )
         self._checkpoints = Checkpoints(folder.path / "checkpoints")
-        saved, self._kept = self._found() if resume else (None, [])
+        saved, self._kept = self._found() if resume and (ranks is None or ranks.first) else (None, [])
+        if ranks:
+            saved = self._begun(ranks, saved)
         binding = not self.method.goes_back  # whose batches are made again may come a little different
-        ledger = Ledger(run.clients, binding=binding)
+        ledger = Ledger(own, ranks.common if ranks else "", binding)
         if saved:
-            ledger = Ledger.restored(run.clients, saved.facts["rounds"]["ledger"], binding)
+            ledger = Ledger.restored(own, saved.facts["rounds"]["ledger"], binding)
         self.rounds = Rounds(run, self._close, self._lose, self._averaged, ledger)
+        if ranks:
+            self.rounds.share(partial(agreed_names, ranks))
         self.sockets = Sockets()
-        self.record = Record(
+        kind = Record if ranks is None or ranks.first else RankRecord
+        self.record = kind(
             run,
             net.cut_shape,
             folder,
@@ -141,17 +163,11 @@ class Server:
             gauge,
             alone,
         )
-        self.watch = Watch(run, self.method, self.inbox, self.rounds, self.record, self.traffic, self.sockets)
-        self._saver = self._made_saver() if run.lasts else Unsaved()
-        self._trainer = Trainer(
-            self.hosting,
-            device,
-            self._clock,
-            in_turn,
-            on_applied=self._learned,
-            save=self._saver.take,
-            on_gone=self.inbox.owe if run.lasts else lambda _: None,
+        self.watch = Watch(
+            run, self.method, self.inbox, self.rounds, self.record, self.traffic, self.sockets, own
         )
+        self._saver = self._made_saver() if run.lasts else Unsaved()
+        self._sharing: Sharing | None = None
         self._failure: SplitLearningError | None = None
         self._thread = threading.Thread(target=self._train, name="trainer", daemon=True)
         theirs = client_part(run, self.method, net, torch.device("cpu"))
@@ -161,9 +177,22 @@ class Server:
         batch_bytes = run.batch_size * 4 * math.prod(spec.cut_shape)
         if self.method.send_every and (warning := memory_warning(run.clients, run.inbox, batch_bytes)):
             on_trouble(warning)
-        self._audit = Audit(folder, on_failure=self.rounds.close)
+        self._audit = Audit(folder, self.rounds.close, ranks.rank if ranks else 0)
         guard = Guard(credentials.folder) if credentials else None
         self._intake = Intake(run, self.method, spec, self.inbox, self.rounds, self._clock, self._saver)
+        trains = self._ticks(ranks, pace or Pace(), own, part_specs) if ranks else Trainer
+        self._trainer = trains(
+            self.hosting,
+            device,
+            self._clock,
+            in_turn,
+            on_applied=self._learned,
+            save=self._saver.take,
+            on_gone=self.inbox.owe if run.lasts else lambda _: None,
+        )
+        places = (
+            Places(run.clients, ranks.rank, ranks.size, ranks, guard is not None) if ranks else Everywhere()
+        )
         self._service = Service(
             run,
             self.method,
@@ -177,13 +206,20 @@ class Server:
             self._saver,
             self._intake,
             net.fingerprint,
+            places,
         )
         if saved:
             self._restore(saved, part_specs)
+            places.restore(Ledger.restored(run.clients, saved.facts["rounds"]["ledger"]).accounts)
+        if ranks and not ranks.first:
+            chance.seed(run.seed - ranks.rank)  # no two ranks drop out alike
         self._grpc, self._pool, self._health, self.port = listen_on(
             listen, run.clients, self._service, self.traffic, credentials, tally=self.record.tally
         )
         self.sockets.watch(self.port)
+        if ranks:
+            reached = ranks.from_each(_reached(listen, advertise, self.port).encode())
+            places.open([address.decode() for address in reached])
 
     def start(self) -> None:
         self._saver.start(self._kept)
@@ -216,6 +252,13 @@ class Server:
         if self._failure:  # of a step after the last client had left
             raise self._failure
         return True
+
+    def failed(self, within: float) -> SplitLearningError | None:
+        """Why the trainer has ended, if it has, or does within so many seconds, or is finding out."""
+        self._thread.join(within)
+        if self.ranks and self.ranks.in_doubt:
+            self._thread.join(2 * GRACE_S)
+        return self._failure
 
     def finish(self) -> dict[str, Any]:
         """After the run: the part saved, the summary written and returned. Raises ConfigError where the disk
@@ -260,16 +303,38 @@ class Server:
             raise ConfigError(f"--resume {self._folder.path}: no checkpoint of it can be read")
         return newest, list(kept)
 
-    def _made_saver(self) -> Saver:
+    def _begun(self, ranks: Ranks, saved: Saved | None) -> Saved | None:
+        """What this rank goes on from, of what the first one found; else it begins with that one's
+        weights."""
+        tensors = self.hosting.state()
+        goes_on = begin(ranks, tensors, saved)
+        if goes_on is None:
+            self.hosting.load(tensors)
+        return goes_on
+
+    def _ticks(
+        self, ranks: Ranks, pace: Pace, own: Sequence[int], part_specs: Mapping[str, Spec]
+    ) -> Callable[..., Trainer]:
+        self._sharing = Sharing(ranks, own, self.record, self.rounds, self.watch, self._intake, self._saver)
+        goes_back = self.method.goes_back
+        return partial(Ticks, ranks, pace, self.run, self.rounds, self._sharing, part_specs, goes_back)
+
+    def _made_saver(self) -> Saver | Follower:
+        if self.ranks and not self.ranks.first:
+            return Follower(self._handed_over)
         return Saver(
             self._checkpoints,
             self.run.checkpoints,
             self.run.checkpoint_every,
-            self.inbox.ask_save,
+            lambda: self._trainer.ask_save(self.inbox),
             self._captured,
             self._saved,
             self._troubled,
         )
+
+    def _handed_over(self) -> None:
+        assert self._sharing is not None
+        self._sharing.hand_over()
 
     def _learned(self, job: Job, loss: float | None) -> None:
         self.rounds.apply(job.client, job.mark)
@@ -282,6 +347,7 @@ class Server:
 
     def _captured(self) -> tuple[State, dict[str, Any]]:
         """All that a server needs to go on from here. By the trainer's thread, between two steps."""
+        elsewhere = self._sharing.gathered() if self._sharing else []
         with self.rounds.still():  # whose averages the record counts
             meeting, rounds = self.rounds.state()
             record = self.record.state()
@@ -291,11 +357,16 @@ class Server:
             **under("rounds", meeting),
             **under("answers", answers),
         }
+        for theirs, known in elsewhere:
+            tensors |= under("answers", theirs)
+            answered |= known["answered"]
+            rounds["ledger"]["accounts"] += known["accounts"]
         facts = {
             "run": asdict(self.run),
             "rounds": rounds,
             "answered": answered,
             "record": record,
+            **({"made": self._sharing.made} if self._sharing else {}),
         }
         return tensors, facts
 
@@ -306,7 +377,9 @@ class Server:
                 raise ConfigError(f"--resume {self._folder.path}: its checkpoints are of another run")
             self.hosting.load(found_under("hosting", saved.tensors))
             self.rounds.restore(found_under("rounds", saved.tensors), facts["rounds"], list(part_specs))
-            self._intake.restore(found_under("answers", saved.tensors), facts["answered"])
+            places = self.rounds.ledger.places
+            own = {client: last for client, last in facts["answered"].items() if int(client) in places}
+            self._intake.restore(found_under("answers", saved.tensors), own)
             accounts = self.rounds.members()
             gone = [account.client for account in accounts if account.gone]
             ended = [account.client for account in accounts if account.applied.epochs > self.hosting.rounds]
@@ -321,7 +394,10 @@ class Server:
         """A checkpoint is on disk; these are kept, the oldest first."""
         ledgers = [facts["rounds"]["ledger"]["accounts"] for facts in kept]
         floors = {account["client"]: account["applied"]["sequence"] for account in ledgers[0]}
-        self.rounds.keep_from(floors, [account["client"] for account in ledgers[-1]])
+        places = [account["client"] for account in ledgers[-1]]
+        self.rounds.keep_from(floors, places)
+        if self._sharing:
+            self._sharing.saved(kept[-1]["made"], floors, places)
         applied = ", ".join(
             f"client {a['client']} up to batch {a['applied']['sequence']}" for a in ledgers[-1]
         )
@@ -355,7 +431,17 @@ class Server:
             self._trainer.train(self.inbox, self.record.trained)
         except SplitLearningError as error:
             self._failure = error
-            self.rounds.close(ClosedError(str(error)))
+            self.rounds.close(error if isinstance(error, StaleError) else ClosedError(str(error)))
+
+
+def _reached(listen: str, advertise: str, port: int) -> str:
+    """Where clients find what listens there, as others are told."""
+    host, _, number = (advertise or listen).rpartition(":")
+    if advertise and not number.isdecimal():
+        host, number = advertise, ""
+    if host in _ANY:
+        host = socket.gethostname()
+    return f"{host}:{number if advertise and number else port}"
 
 
 def listen_on(

@@ -43,9 +43,10 @@ from dsl_server.audit import Audit, Event
 from dsl_server.inbox import Errand, Inbox, Job
 from dsl_server.intake import Intake, Pieces
 from dsl_server.ledger import Newcomer
+from dsl_server.places import Everywhere, Places
 from dsl_server.record import Evaluation, Record
 from dsl_server.rounds import Member, Rounds
-from dsl_server.saver import Saver, Unsaved
+from dsl_server.saver import Keeper
 from dsl_server.tally import Tally
 
 Context = grpc.ServicerContext
@@ -80,14 +81,15 @@ class Service:
         record: Record,
         audit: Audit,
         guard: Guard | None,
-        saver: Saver | Unsaved,
+        saver: Keeper,
         intake: Intake,
         network: str,
+        places: Places | Everywhere,
     ) -> None:
         self._run, self._method, self._spec, self._part_specs = run, method, spec, part_specs
         self._inbox, self._rounds, self._record = inbox, rounds, record
         self._audit, self._guard, self._saver, self._intake = audit, guard, saver, intake
-        self._network = network
+        self._network, self._places = network, places
         self._leases: list[threading.Timer] = []
         self._contexts: dict[str, Context] = {}  # session to the call of its open segment
 
@@ -98,7 +100,11 @@ class Service:
         """
         peer = context.peer()
         try:
-            member = self._admitted(request, context)
+            newcomer, address = self._newcomer(request, context)
+            if address:
+                yield pb.JoinResponse(moved=pb.Moved(address=address))
+                return
+            member = self._admitted(newcomer)
         except SplitLearningError as error:
             self._audit("refused", peer, request.name, error)
             raise
@@ -127,8 +133,9 @@ class Service:
             durable = floor
             yield pb.JoinResponse(durable=pb.Durable(sequence=durable))
 
-    def _admitted(self, request: pb.JoinRequest, context: Context) -> Member:
-        """Raises why it may not be a member. Who it is comes first: strangers are told no more."""
+    def _newcomer(self, request: pb.JoinRequest, context: Context) -> tuple[Newcomer, str]:
+        """Who asks, and the address where its place is, if that is not here. Raises why it may not be a
+        member. Who it is comes first: strangers are told no more."""
         name = self._guard.admit(context.auth_context()) if self._guard else request.name
         if not request.oldest_version <= VERSION <= request.newest_version:
             raise RefusedError(
@@ -148,6 +155,7 @@ class Service:
             raise ForbiddenError(
                 f"this certificate is that of {name!r}, not of {request.name!r}: leave --name out"
             )
+        place, address = self._places.find(name, request.identity)
         newcomer = Newcomer(
             name,
             request.identity if self._run.lasts else "",
@@ -156,8 +164,13 @@ class Service:
             request.durable,
             request.takeover,
             single=self._guard is not None,
+            place=place,
         )
-        if former := self._contexts.get(request.session):
+        return newcomer, address
+
+    def _admitted(self, newcomer: Newcomer) -> Member:
+        """Raises why it may not be a member."""
+        if former := self._contexts.get(newcomer.session):
             former.cancel()  # what is left of its last calls
         return self._rounds.join(newcomer, idle=self._method.goes_back)
 
@@ -377,7 +390,7 @@ class Service:
 
     def _give_up_on(self, client: int, peer: str) -> None:
         late = f"kept the others waiting for more than {self._run.round_timeout:g} s: raise --round-timeout"
-        account = self._rounds.members()[client]
+        account = self._rounds.account(client)
         self._lost(Member(account, account.session), peer, late)
 
     def _member(self, session: str, context: Context) -> Member:

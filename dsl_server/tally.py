@@ -179,7 +179,12 @@ class Tally:
 
     def restore(self, state: Sequence[Mapping[str, Any]]) -> None:
         """Goes on from what `state` gave."""
-        for client, (mine, known) in enumerate(zip(self.learned, state, strict=True)):
+        self.take_over(dict(enumerate(state)))
+
+    def take_over(self, state: Mapping[int, Mapping[str, Any]]) -> None:
+        """What is so of these clients, as `state` gives it of each."""
+        for client, known in state.items():
+            mine = self.learned[client]
             (mine.epoch, mine.batches, mine.of), mine.samples = known["epoch"], known["samples"]
             mine.loss, mine.own_loss = known["loss"], known["own_loss"]
             self._over[client] = _Call(client, known["up"], known["down"])

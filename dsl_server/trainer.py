@@ -40,6 +40,10 @@ class Trainer:
         self._replays, self._on_applied, self._save = not in_rounds, on_applied, save
         self._on_gone = on_gone
 
+    def ask_save(self, inbox: Inbox) -> None:
+        """By any thread: a checkpoint is due."""
+        inbox.ask_save()
+
     def train(self, inbox: Inbox, on_trained: OnTrained) -> None:
         """Until the inbox ends. Raises StepError, after telling who waits, when a step fails."""
         items = iter(inbox)
@@ -50,10 +54,10 @@ class Trainer:
             except ClosedError as gone:  # a client, while its batch was with it
                 for job in answered(work):
                     self._on_gone(job.client)
-                _tell(work, gone)
+                tell(work, gone)
             except Exception as error:
-                failure = _failure(work, error)
-                _tell(work, failure)
+                failure = failure_of(work, error)
+                tell(work, failure)
                 raise failure from error
 
     def _do(self, work: Work, on_trained: OnTrained) -> None:
@@ -115,13 +119,15 @@ def _count(samples: int, answer: Answer, on_trained: OnTrained) -> float | None:
     return loss
 
 
-def _tell(work: Work, error: SplitLearningError) -> None:
+def tell(work: Work, error: SplitLearningError) -> None:
+    """Those who wait for an answer."""
     for waiting in answered(work):
         if not waiting.answer.done():  # it was answered, and then counting it failed
             waiting.answer.set_exception(error)
 
 
-def _failure(work: Work, error: Exception) -> StepError:
+def failure_of(work: Work, error: Exception) -> StepError:
+    """What could not be done, and why, in a line."""
     text = str(error) if isinstance(error, StepError) else f"{type(error).__name__}: {error}"
     if isinstance(work, RoundEnd | Save | Spare):
         what = {RoundEnd: "end a round", Save: "make a checkpoint", Spare: "learn again from what it holds"}[

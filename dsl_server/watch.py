@@ -7,7 +7,7 @@ change, and may be read for as long as one likes.
 import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -91,7 +91,10 @@ class View:
 
 
 class Watch:
-    """Made by the server of its own parts. Any thread may ask for a view, as often as it likes."""
+    """Made by the server of its own parts. Any thread may ask for a view, as often as it likes.
+
+    own: the clients that come here; of others other ranks tell (`own_clients`, `hear`).
+    """
 
     def __init__(
         self,
@@ -102,7 +105,10 @@ class Watch:
         record: Record,
         traffic: Traffic,
         sockets: Sockets,
+        own: Collection[int] | None = None,
     ) -> None:
+        self._own = range(run.clients) if own is None else own
+        self._elsewhere: dict[int, ClientView] = {}
         self._run, self._inbox, self._rounds, self._record = run, inbox, rounds, record
         self._traffic, self._sockets = traffic, sockets
         self._full = run.inbox if method.one_way else 1  # batches here with which a client goes on no more
@@ -137,8 +143,8 @@ class Watch:
             loss=_finite(record.loss),
             test=dict(record.test),
             metric=run.metric.rpartition(":")[2],
-            wire=self._traffic.by_kind(),
-            socket=self._sockets.counts(),
+            wire=record.wire(),
+            socket=record.socket(),
             finished=finished,
             reason=None if reason is None else str(reason),
             clients=tuple(clients),
@@ -149,12 +155,23 @@ class Watch:
             saved_s=None if self._saved_at is None else time.monotonic() - self._saved_at,
         )
 
+    def own_clients(self) -> list[dict[str, Any]]:
+        """The views of those that come here, in terms of JSON."""
+        return [_plain(asdict(view)) for view in self._clients() if view.client in self._own]
+
+    def hear(self, views: Sequence[Mapping[str, Any]]) -> None:
+        """What another rank tells of its clients."""
+        self._elsewhere |= {view["client"]: ClientView(**view) for view in views}
+
     def _clients(self) -> list[ClientView]:
         accounts = {account.client: account for account in self._rounds.members()}
         waiting, queues = self._rounds.meeting(), self._inbox.waiting()
         learned, passed = self._record.tally.learned, self._record.tally.passed()
         views = []
         for client in range(self._run.clients):
+            if client in self._elsewhere:
+                views.append(self._elsewhere[client])
+                continue
             account, mine = accounts.get(client), learned[client]
             state = self._state(account, client in waiting, queues[client], mine)
             loss = mine.own_loss if mine.loss is None else mine.loss

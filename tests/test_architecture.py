@@ -97,6 +97,16 @@ def test_grpc_is_known_only_where_a_wire_ends() -> None:
     }
 
 
+def test_the_ranks_are_known_to_torch_distributed_in_one_place_only() -> None:
+    knowing = {str(module) for module in modules(*PACKAGES) if imports(module, "torch.distributed")}
+    assert knowing == {"dsl_server/ranks.py"}
+
+
+@pytest.mark.parametrize("module", ["dsl_server/ranks.py", "dsl_server/places.py", "dsl_server/ticks.py"])
+def test_what_the_ranks_do_together_knows_no_wire(module: str) -> None:
+    assert imports(Path(module), "grpc", "common.wire", "google.protobuf") == []
+
+
 def test_describing_a_run_and_reading_its_results_do_not_wait_for_torch() -> None:
     code = "import sys, dsl; dsl.Run(); dsl.read; print(sorted({'torch', 'grpc'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -16,6 +16,7 @@ from common.crops import augmented
 from common.errors import NonFiniteError
 from common.methods.base import Answer, Method, Received, ServerPart
 from common.methods.guard import Guard
+from common.methods.joint import Joint, Summed, mean_over_places
 from common.methods.replay import Replay, Shelf
 from common.nets.layout import laid_out
 from common.objective import metric_of
@@ -41,6 +42,8 @@ class Hosting:
         self._samples = [0] * len(self.parts)  # of this round, by copy
         self._device = next(part.top.parameters(), torch.empty(0)).device
         self.rounds = 0  # that have ended
+        self.skipped = 0  # joint steps left out
+        self._joint: Joint | None = None
 
     def state(self) -> State:
         """All that the next step depends on, but for the run: for a checkpoint. Copies of what changes."""
@@ -92,6 +95,34 @@ class Hosting:
                 self._replay.keep(batch)
         self._latest = progress
         return answer
+
+    def joint_step(
+        self, batches: Sequence[Received], samples: float, progress: float, summed: Summed
+    ) -> list[Answer]:
+        """One step that these batches, none maybe, and those at other places make together; what it answers
+        these. samples: of all. progress: the same at all places. summed: sums over the places.
+
+        Raises as `step` does, at all places.
+        """
+        (part,) = self.parts
+        self._joint = self._joint or Joint(part)
+        seen = [replace(batch, z=laid_out(batch.z, part.top)) for batch in batches]
+        answers: list[Answer] = []
+
+        def rule() -> Answer:
+            assert self._joint is not None
+            answers.extend(self._joint.step(self._method.server_step, seen, samples, summed))
+            return Answer(None)
+
+        if self._attempt(progress, rule).skipped:
+            self.skipped += 1
+            return [Answer(None, [self._nothing(batch)], skipped=1) for batch in batches]
+        return answers
+
+    def mean_over_places(self, share: float, summed: Summed) -> None:
+        """The part as the mean of those of all places, each with its share of the samples behind them."""
+        (part,) = self.parts
+        mean_over_places(part, share, summed)
 
     @property
     def can_replay(self) -> bool:

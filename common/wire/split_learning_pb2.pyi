@@ -91,12 +91,20 @@ class JoinRequest(_message.Message):
     def __init__(self, oldest_version: _Optional[int] = ..., newest_version: _Optional[int] = ..., name: _Optional[str] = ..., codecs: _Optional[_Iterable[_Union[Codec, str]]] = ..., identity: _Optional[str] = ..., run_id: _Optional[str] = ..., durable: _Optional[int] = ..., takeover: _Optional[bool] = ..., session: _Optional[str] = ...) -> None: ...
 
 class JoinResponse(_message.Message):
-    __slots__ = ("welcome", "durable")
+    __slots__ = ("welcome", "durable", "moved")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     DURABLE_FIELD_NUMBER: _ClassVar[int]
+    MOVED_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     durable: Durable
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., durable: _Optional[_Union[Durable, _Mapping]] = ...) -> None: ...
+    moved: Moved
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., durable: _Optional[_Union[Durable, _Mapping]] = ..., moved: _Optional[_Union[Moved, _Mapping]] = ...) -> None: ...
+
+class Moved(_message.Message):
+    __slots__ = ("address",)
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    def __init__(self, address: _Optional[str] = ...) -> None: ...
 
 class Durable(_message.Message):
     __slots__ = ("sequence",)

@@ -330,6 +330,29 @@ def test_c18_a_malformed_welcome_ends_the_client(raw: bytes) -> None:
     assert isinstance(welcomed(raw), WireError)
 
 
+def moved_to(address: str) -> bytes:
+    return pb.JoinResponse(moved=pb.Moved(address=address)).SerializeToString()
+
+
+@pytest.mark.parametrize("address", ["", "nowhere", "a b:50051", "host:port", f"{'x' * 300}:1"])
+def test_c18_to_be_sent_to_what_is_no_address_ends_the_client(address: str) -> None:
+    error = welcomed(moved_to(address))
+    assert isinstance(error, WireError)
+    assert "which is no host:port" in str(error)
+
+
+def test_c18_a_client_that_is_sent_in_a_circle_ends() -> None:
+    server = Malicious(small_run())
+    server._welcome = moved_to(f"127.0.0.1:{server.port}")
+    connection = Connection(f"127.0.0.1:{server.port}", Traffic(), Clock())
+    try:
+        error = told(in_thread(lambda: connection.join("ann", patience=SOON_S)))
+    finally:
+        connection.close()
+        server.stop()
+    assert f"the server at 127.0.0.1:{server.port} sent this client on 4 times" in str(error)
+
+
 def test_c18_a_welcome_above_the_limit_ends_the_client() -> None:
     assert "larger than max" in str(welcomed(bytes(5 * MIB)))
 
