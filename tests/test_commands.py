@@ -35,6 +35,7 @@ DOCUMENTED = {shlex.join(words): words for page in READ for words in commands(pa
 ELSEWHERE = {
     **dict.fromkeys(["dsl bench paper --scale smoke", "dsl bench paper --out smoke"], "a step of CI"),
     "dsl-server --mlflow sqlite:///mlflow.db --clients 2 --data cifar10": "test_trackers.py",
+    **{line: "test_ray.py" for line in DOCUMENTED if "--engine ray" in line},
     **{line: "docker/test.sh" for line in DOCUMENTED if "/docker/certs" in line},
     **{line: "test_text_example.py" for line in DOCUMENTED if "examples.text" in line},
     "dsl report runs --out report.html": "test_quickstart.py",
@@ -106,7 +107,7 @@ class Desk:
         """also: flags after those of the line. swaps: beside the desk's, where their names can be such."""
         every = {"0.0.0.0:50051": "127.0.0.1:0", **SOME, **self.swaps, **swaps}
         words = [_swapped(word, every) for word in DOCUMENTED[line]] + shlex.split(also)
-        if words[0] == "dsl-server" and "--listen" not in words and "--resume" not in words:
+        if words[0] == "dsl-server" and not {"--listen", "--resume", "--print-completion"} & {*words}:
             words += ["--listen", "127.0.0.1:0"]
         log = self.folder / f"{len(self.begun)}.log"
         log.touch()
@@ -145,6 +146,7 @@ def _become(words: Sequence[str], folder: Path, log: Path) -> None:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     sys.argv = list(words)
+    sys.orig_argv = [sys.executable, "-m", words[0].replace("-", "_"), *words[1:]]  # for who starts anew
     programs[words[0]].main()
 
 
@@ -408,6 +410,14 @@ def finish(desk: Desk, server: Process) -> None:
 def fetched(address: str) -> str:
     with urllib.request.urlopen(f"http://{address}", timeout=10) as page:
         return str(page.read().decode())
+
+
+def test_a_hundred_clients_in_one_process(desk: Desk) -> None:
+    also = "--model resnet8 --train-limit 100 --test-limit 100 --epochs 1"
+    server = desk.served(said("dsl-server --clients 100 --data cifar10"), also)
+    client = desk.start(said("dsl-client --replicas 100"), f"--server {server.address()}")
+    client.ends()
+    assert "finished" in server.ends()
 
 
 def test_completion(desk: Desk) -> None:
