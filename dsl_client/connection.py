@@ -144,7 +144,7 @@ class Connection:
                     f"the server sends this client to {answered.address[:64]!r}, which is no host:port"
                 )
             self._open(answered.address)
-        raise ClosedError(
+        raise RefusedError(
             f"the server at {self._target} sent this client on {MOVES} times: its ranks disagree"
         )
 

@@ -279,6 +279,7 @@ def test_a_network_of_ones_own(desk: Desk) -> None:
     through(server, [desk.start(said("dsl-client --allow mypackage.module:build"))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["resnet18", "mobilenet_v3_small"])
 def test_a_network_by_name(desk: Desk, model: str) -> None:
     pictures(desk.folder / "images", side=224, each=2)
@@ -298,6 +299,7 @@ CUTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", CUTS)
 def test_cuts(desk: Desk, line: str) -> None:
     assert "MB" in desk.run(line, resnet110="resnet110")
@@ -386,6 +388,7 @@ def test_a_dashboard_numbers_for_prometheus_and_tensorboard(desk: Desk) -> None:
     assert list((desk.folder / "tb" / "first").rglob("events*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "line",
     [
@@ -412,9 +415,18 @@ def fetched(address: str) -> str:
         return str(page.read().decode())
 
 
-def test_a_hundred_clients_in_one_process(desk: Desk) -> None:
+@pytest.mark.parametrize(
+    "line",
+    [
+        pytest.param(
+            exactly("dsl-server --clients 100 --data cifar10 --sync average"), marks=pytest.mark.slow
+        ),
+        exactly("dsl-server --clients 100 --data cifar10 --sync average --sample-fraction 0.1"),
+    ],
+)
+def test_a_hundred_clients_in_one_process(desk: Desk, line: str) -> None:
     also = "--model resnet8 --train-limit 100 --test-limit 100 --epochs 1"
-    server = desk.served(said("dsl-server --clients 100 --data cifar10"), also)
+    server = desk.served(line, also)
     client = desk.start(said("dsl-client --replicas 100"), f"--server {server.address()}")
     client.ends()
     assert "finished" in server.ends()
@@ -431,7 +443,11 @@ def done(request: pytest.FixtureRequest) -> None:
 
 def test_no_command_is_left_out() -> None:
     """Of those in the documents: each is run above, or it is said where, or why it cannot be."""
-    if {name for name in globals() if name.startswith("test_")} - DONE:
+    tests = {name: test for name, test in globals().items() if name.startswith("test_")}
+    slow = {
+        name for name, test in tests.items() if "slow" in [m.name for m in getattr(test, "pytestmark", [])]
+    }
+    if set(tests) - slow - DONE:
         pytest.skip("only some of this file's tests were run")
     assert {line.split()[0] for line in DOCUMENTED} == set(OURS)
     assert not set(DOCUMENTED) - RUN_HERE - set(ELSEWHERE), "these commands of the documents are run nowhere"

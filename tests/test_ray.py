@@ -200,6 +200,7 @@ def standing(place: Place) -> Iterator[tuple[str, dict[str, str]]]:
         cluster.wait(20)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_clients_and_lets_a_cluster_be(
     standing: tuple[str, dict[str, str]], place: Place, tmp_path: Path
 ) -> None:

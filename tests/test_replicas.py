@@ -36,9 +36,9 @@ from dsl_lab.launch import Experiment
 from dsl_server.server import Server
 from tests.federation import CPU, serving, small_run
 from tests.programs import Start, ends, programs, refuses, serve
-from tests.threads import in_thread, wait_for, waits
+from tests.threads import POLLED, in_thread, wait_for, waits
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = [pytest.mark.timeout(90), pytest.mark.filterwarnings(POLLED)]
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +154,7 @@ def test_replicas_come_to_what_clients_apart_come_to(
     assert_same(trained(run, tmp_path / "one", workers=1, rest=rest), apart(run, tmp_path / "many"))
 
 
+@pytest.mark.slow
 def test_one_process_of_replicas_comes_to_what_processes_come_to(
     images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+# Of gRPC: a channel that is closed soon after it was waited for is still polled once.
+POLLED = "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+
 
 def in_thread(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
     """What the function comes to, meanwhile. A thread that hangs does not keep the tests from ending."""

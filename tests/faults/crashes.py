@@ -86,12 +86,12 @@ class Life:
         server, self.server = self.server, None
         server._saver.close(StaleError("crashed"))
         server._grpc.stop(grace=None).wait()
-        for thread in threading.enumerate():  # a dead server writes no more: this one finishes what it began
-            if thread.name.startswith("saver_"):
-                thread.join(10)
         server.rounds.close(ClosedError("crashed"))
         server.inbox.close(ClosedError("crashed"))
         on_dead()
+        for thread in threading.enumerate():  # a dead server writes no more: this one finishes what it began
+            if thread.name.startswith("saver_"):
+                thread.join(10)
         server._thread.join(10)
         server.sockets.close()
 

@@ -37,14 +37,11 @@ from dsl_server.server import Server
 from tests.faults.crashes import Life, Outcome, check_exact, comes, live
 from tests.federation import Batches, small_run
 from tests.ordinary import refused
-from tests.threads import wait_for
+from tests.threads import POLLED, wait_for
 
 pytestmark = pytest.mark.timeout(60)
 
 SAMPLES = (44, 36)  # of two clients: 6 batches and 5, the last ones short
-
-# Of gRPC: a channel that is closed soon after it was waited for is still polled once.
-POLLED = "ignore::pytest.PytestUnhandledThreadExceptionWarning"
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "dsl": {},

@@ -30,7 +30,7 @@ from dsl_client.trainer import Trainer
 from tests.faults.site import MIB, SHAPE, SOON_S, averaged, same
 from tests.federation import CPU, Batches, small_run, spec_of, train
 from tests.memory import grows_by_less_than
-from tests.threads import in_thread, wait_for
+from tests.threads import POLLED, in_thread, wait_for
 
 if sys.version_info >= (3, 14):
     pass
@@ -341,6 +341,7 @@ def test_c18_to_be_sent_to_what_is_no_address_ends_the_client(address: str) -> N
     assert "which is no host:port" in str(error)
 
 
+@pytest.mark.filterwarnings(POLLED)
 def test_c18_a_client_that_is_sent_in_a_circle_ends() -> None:
     server = Malicious(small_run())
     server._welcome = moved_to(f"127.0.0.1:{server.port}")
