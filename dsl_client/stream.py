@@ -47,7 +47,7 @@ T = TypeVar("T")
 Pieces = Iterator[Piece[Any]]
 Call = Callable[[Pieces], Any]  # starts a call; its requests are pulled as they can be sent
 
-_LOOK_S = 60.0
+_LOOK_S = 1.0
 
 _ERRORS: dict[grpc.StatusCode, type[SplitLearningError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: WireError,
@@ -90,7 +90,7 @@ def _expected(error: Any) -> int:
 
 def wait_without_looking() -> None:
     """For processes where many threads wait for calls. In each of them gRPC looks ten times a second whether
-    the call is over, lest a signal be kept waiting: a thousand use up a core, and signals come anyway."""
+    the call is over: a thousand use up a core. Seldom, not never: what it was not told of is found so."""
     within: Any = importlib.import_module("grpc._common")
     if hasattr(within, "MAXIMUM_WAIT_TIMEOUT"):
         within.MAXIMUM_WAIT_TIMEOUT = _LOOK_S
