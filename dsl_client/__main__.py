@@ -26,9 +26,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "dsl-client"
 SHOWN_EVERY_S = 0.2
-LOOK_S = (
-    0.002  # that a look at one of many replicas is given: no more than a hundredth of the time is for looks
-)
+LOOK_S = 0.002  # for each of many replicas, from one look at them to the next: looking takes time, too
 DESCRIPTION = """Holds private data and the bottom of a network that is cut in two.
 Joins the run of a dsl-server, which says what is trained and how.
 

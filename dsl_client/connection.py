@@ -305,7 +305,7 @@ class Connection:
                 try:
                     self.come_back(error, generation)
                 except RefusedError as refused:
-                    if "has left" in str(refused):
+                    if says_left(refused):
                         return  # it was heard, and its answer was lost
                     raise
 
@@ -375,6 +375,11 @@ class Connection:
             self._examination.fail(over)
         if self._delivery and not (self._lasting and is_passing(over)):
             self._delivery.close(over)
+
+
+def says_left(refused: RefusedError) -> bool:
+    """Whether the server refuses a client because it has trained to the end."""
+    return "has left" in str(refused)
 
 
 def is_passing(error: SplitLearningError) -> bool:

@@ -6,7 +6,6 @@ where parts are meanwhile in `rest.py`. Knows who is there and how each one ends
 """
 
 import json
-import resource
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,11 +17,13 @@ import torch
 
 from common.disk import replace_file
 from common.errors import ClosedError, ConfigError, RefusedError, SplitLearningError
+from common.limits import allow_files
 from common.meter import peak_bytes
 from common.run import Run
 from dsl_client.client import Client
 from dsl_client.commons import Commons
-from dsl_client.stream import wait_without_looking
+from dsl_client.connection import says_left
+from dsl_client.stream import look_seldom
 from dsl_client.trainer import Step
 from dsl_client.turns import Workers
 from dsl_client.watch import View, Watch, together
@@ -47,7 +48,7 @@ class Replica(threading.Thread):
         try:
             self.client.join(patience, takeover)
         except RefusedError as refused:
-            if "has left" not in str(refused):
+            if not says_left(refused):
                 raise
             self.well = True
         else:
@@ -111,7 +112,7 @@ class Replicas:
         commons: Commons,
         tell: Callable[[str], None],
     ) -> None:
-        wait_without_looking()
+        look_seldom()
         self._commons, self._workers, self._tell = commons, Workers(workers), tell
         self._replicas = [Replica(number, make(number, commons)) for number in range(count)]
         self._start = time.perf_counter()
@@ -190,11 +191,8 @@ class Replicas:
 def check_files(count: int, each: int) -> None:
     """Raises ConfigError where so many replicas could not have their files open, `each` so many at a time."""
     needed = count * each + _OTHER_FILES
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < needed:
+    if (most := allow_files(needed)) < needed:
         raise ConfigError(
-            f"--replicas {count}: they need up to {needed} open files, and this process may have {hard}; "
+            f"--replicas {count}: they need up to {needed} open files, and this process may have {most}; "
             f"raise ulimit -n to {needed}, or start fewer"
         )
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

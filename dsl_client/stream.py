@@ -47,7 +47,7 @@ T = TypeVar("T")
 Pieces = Iterator[Piece[Any]]
 Call = Callable[[Pieces], Any]  # starts a call; its requests are pulled as they can be sent
 
-_LOOK_S = 1.0
+_LOOK_S = 1.0  # between two looks at a call, of one of many threads that wait for theirs
 
 _ERRORS: dict[grpc.StatusCode, type[SplitLearningError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: WireError,
@@ -88,7 +88,7 @@ def _expected(error: Any) -> int:
     return int(number) if number.isdecimal() else 0
 
 
-def wait_without_looking() -> None:
+def look_seldom() -> None:
     """For processes where many threads wait for calls. In each of them gRPC looks ten times a second whether
     the call is over: a thousand use up a core. Seldom, not never: what it was not told of is found so."""
     within: Any = importlib.import_module("grpc._common")

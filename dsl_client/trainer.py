@@ -15,7 +15,6 @@ from common.meter import Clock
 from common.methods.base import (
     ClientPart,
     ClientStep,
-    Gather,
     Method,
     Sent,
     Smashed,
@@ -424,8 +423,7 @@ class Trainer:
 def _needs_others(run: Run, method: Method) -> bool:
     """Whether what a client is answered within an epoch may wait for batches of the others: where they are
     served in turn, or a checkpoint waits until all stand where they can come back to."""
-    together = method.gather is Gather.ALL or method.copies or method.round_step is not None
-    return together or run.fixed_order or run.lasts
+    return method.in_rounds or run.fixed_order or run.lasts
 
 
 @contextmanager

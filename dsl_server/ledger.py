@@ -275,9 +275,7 @@ class Ledger:
 
     def _added(self, who: Newcomer) -> Account:
         if who.single and any(account.name == who.name for account in self.accounts):
-            raise TakenError(
-                f"{who.name!r} has a place in the run; each client needs a certificate of its own"
-            )
+            raise has_a_place(who.name)
         if who.place in self._at:
             raise TakenError(
                 f"{who.name!r} has had its place, and nobody comes back to a run without checkpoints; start "
@@ -285,12 +283,7 @@ class Ledger:
             )
         client = next((place for place in self.places if place not in self._at), None)
         if client is None:
-            names = ", ".join(map(str, self.accounts[:_NAMED]))
-            names += f" and {len(self.accounts) - _NAMED} more" if len(self.accounts) > _NAMED else ""
-            raise FullError(
-                f"{who.name!r} is one too many: the run has places for {len(self.places)} and they are taken "
-                f"by {names}; start the server with --clients {len(self.places) + 1}"
-            )
+            raise too_many(who.name, list(map(str, self.accounts)), len(self.places))
         session = secrets.token_hex(16)
         client = client if who.place is None else who.place
         account = Account(client, who.name, hashed(who.identity), 1, session, True, {session})
@@ -302,6 +295,21 @@ class Ledger:
         if account.session:
             self._speaking[account.session] = account
         self.accounts = [self._at[client] for client in sorted(self._at)]
+
+
+def has_a_place(name: str) -> TakenError:
+    """Where a name is a client's alone."""
+    return TakenError(f"{name!r} has a place in the run; each client needs a certificate of its own")
+
+
+def too_many(name: str, members: Sequence[str], places: int) -> FullError:
+    """members: those who have the places."""
+    few = ", ".join(members[:_NAMED])
+    few += f" and {len(members) - _NAMED} more" if len(members) > _NAMED else ""
+    return FullError(
+        f"{name!r} is one too many: the run has places for {places} and they are taken by {few}; start the "
+        f"server with --clients {places + 1}"
+    )
 
 
 def hashed(secret: str) -> str:

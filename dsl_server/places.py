@@ -9,8 +9,8 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
-from common.errors import FullError, RefusedError, TakenError
-from dsl_server.ledger import Account, hashed
+from common.errors import RefusedError
+from dsl_server.ledger import Account, has_a_place, hashed, too_many
 
 UNCLAIMED_S = 30.0  # for a client to come to the place that it was sent to; then another may have it
 
@@ -33,9 +33,8 @@ class Places:
         self._clients, self._rank, self._ranks = clients, rank, ranks
         self._addresses: Sequence[str] = ()
         self._board, self._single = board, single
-        self._dealt: dict[
-            int, tuple[str, str, float]
-        ] = {}  # client: hash of its identity, its name, and when
+        # By client: the hash of its identity, its name, and when its place was dealt.
+        self._dealt = dict[int, tuple[str, str, float]]()
         self._lock = threading.Lock()
 
     @property
@@ -86,9 +85,7 @@ class Places:
     def _deal(self, name: str, identity: str) -> int:
         with self._lock:
             if self._single and any(name == taken for _, taken, _ in self._dealt.values()):
-                raise TakenError(
-                    f"{name!r} has a place in the run; each client needs a certificate of its own"
-                )
+                raise has_a_place(name)
             free = [client for client in range(self._clients) if client not in self._dealt]
             client = free[0] if free else self._unclaimed(name)
             self._dealt[client] = (identity, name, time.monotonic())
@@ -100,15 +97,15 @@ class Places:
             late = time.monotonic() - dealt_at > UNCLAIMED_S
             if late and self._board.noted(_claim(client)) is None:
                 return client
-        names = ", ".join(f"client {client} ({who})" for client, (_, who, _) in sorted(self._dealt.items()))
-        raise FullError(
-            f"{name!r} is one too many: the run has places for {self._clients} and they are taken by "
-            f"{names}; start the server with --clients {self._clients + 1}"
-        )
+        members = [f"client {client} ({who})" for client, (_, who, _) in sorted(self._dealt.items())]
+        raise too_many(name, members, self._clients)
 
 
 class Everywhere:
     """Of a server that is one process: every place is there."""
+
+    def __init__(self, clients: int) -> None:
+        self.own = range(clients)
 
     def restore(self, accounts: Sequence[Account]) -> None: ...
 

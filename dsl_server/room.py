@@ -1,10 +1,10 @@
 """What this machine has room for: open files and memory, before a run with many clients begins."""
 
-import resource
 from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import ConfigError
+from common.limits import allow_files
 from common.progress import megabytes
 
 _OTHER_FILES = 128  # the process's own: libraries, logs, event queues, the page's readers
@@ -13,15 +13,12 @@ _OTHER_FILES = 128  # the process's own: libraries, logs, event queues, the page
 def make_room_for_files(clients: int) -> None:
     """Lets the process open as many files as it may: a client is a connection. Raises ConfigError where that
     are too few."""
-    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = clients + _OTHER_FILES
-    if most != resource.RLIM_INFINITY and needed > most:
+    if (most := allow_files(needed)) < needed:
         raise ConfigError(
             f"--clients {clients}: this process may have {most} files open and needs {needed}, one a client: "
             "raise the limit (ulimit -Hn), or let several servers share the clients"
         )
-    if allowed != resource.RLIM_INFINITY and allowed < needed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, most))
 
 
 def memory_warning(clients: int, inbox: int, batch_bytes: int, available: int | None = None) -> str:

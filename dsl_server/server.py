@@ -25,7 +25,7 @@ from common.errors import ClosedError, ConfigError, SplitLearningError, StaleErr
 from common.live import Gauge
 from common.meter import Clock, Traffic
 from common.methods import build_method, settled
-from common.methods.base import Gather, Tail
+from common.methods.base import Tail
 from common.methods.hosting import Hosting
 from common.parts import (
     Spec,
@@ -121,10 +121,10 @@ class Server:
         shelf = DiskShelf(folder.path / "replay") if on_disk else None
         gauge = Gauge(device) if run.measure_memory else None
         self.hosting = Hosting(run, gauge.around(self.method) if gauge else self.method, self.part, shelf)
-        rounds = self.method.copies or self.method.round_step is not None  # something is done at their end
-        together = self.method.gather is Gather.ALL or rounds or run.fixed_order
+        together = self.method.in_rounds or run.fixed_order
         in_turn = together and run.sync != "relay"  # whose turns are an order already
-        own = range(run.clients)[ranks.rank :: ranks.size] if ranks else range(run.clients)
+        places = self._places(ranks, single=credentials is not None)
+        own = places.own
         self.inbox = Inbox(
             run.clients,
             run.inbox,
@@ -189,9 +189,6 @@ class Server:
             on_applied=self._learned,
             save=self._saver.take,
             on_gone=self.inbox.owe if run.lasts else lambda _: None,
-        )
-        places = (
-            Places(run.clients, ranks.rank, ranks.size, ranks, guard is not None) if ranks else Everywhere()
         )
         self._service = Service(
             run,
@@ -302,6 +299,12 @@ class Server:
         elif self._checkpoints.numbers():
             raise ConfigError(f"--resume {self._folder.path}: no checkpoint of it can be read")
         return newest, list(kept)
+
+    def _places(self, ranks: Ranks | None, single: bool) -> Places | Everywhere:
+        """single: of each name there is but one client."""
+        if ranks is None:
+            return Everywhere(self.run.clients)
+        return Places(self.run.clients, ranks.rank, ranks.size, ranks, single)
 
     def _begun(self, ranks: Ranks, saved: Saved | None) -> Saved | None:
         """What this rank goes on from, of what the first one found; else it begins with that one's

@@ -10,7 +10,6 @@ import shlex
 import shutil
 import signal
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ import pytest
 from PIL import Image
 
 from tests.documents import OURS, READ, commands
+from tests.threads import wait_for
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -77,13 +77,13 @@ class Process:
 
     def told(self, after: str) -> str:
         """What it says after these words, once it has said them."""
-        end = time.monotonic() + 60
-        while time.monotonic() < end:
-            if after in (said_so_far := self.words.read_text()):
-                return said_so_far.partition(after)[2]
-            assert self.process.exitcode is None, said_so_far
-            time.sleep(0.02)
-        raise AssertionError(f"{after!r} was not said: {self.words.read_text()}")
+
+        def said() -> bool:
+            assert self.process.exitcode is None or after in self.words.read_text(), self.words.read_text()
+            return after in self.words.read_text()
+
+        wait_for(said, 60)
+        return self.words.read_text().partition(after)[2]
 
     def ends(self, code: int = 0) -> str:
         self.process.join(90)
@@ -335,7 +335,7 @@ def test_a_run_that_lasts_and_then_serves(desk: Desk) -> None:
     address = desk.swaps["gpu-host:50051"]
     joining = said(f"{CERTIFIED} --state state/ward-7")
     clients = both(desk, joining, f"--data folder:{desk.folder}/labelled")
-    wait_for_checkpoint(desk.folder / "runs" / "ward")
+    wait_for(lambda: list((desk.folder / "runs/ward/checkpoints").glob("[0-9]*")), 60)
     first.stop(signal.SIGKILL)
     first.process.join()
     port = address.rpartition(":")[2]
@@ -371,13 +371,6 @@ def test_a_run_without_certificates_lasts_too(desk: Desk) -> None:
     server = desk.served(line, f"--model resnet8 {FEW}")
     at = f"--server {server.address()}"
     through(server, [desk.start(exactly("dsl-client"), f"{at} --state {who}") for who in "ab"])
-
-
-def wait_for_checkpoint(run: Path) -> None:
-    end = time.monotonic() + 60
-    while not list((run / "checkpoints").glob("[0-9]*")):
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def test_a_dashboard_numbers_for_prometheus_and_tensorboard(desk: Desk) -> None:

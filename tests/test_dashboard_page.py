@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -141,9 +142,11 @@ def test_a_run_is_followed_to_its_end_and_its_numbers_are_those_of_metrics_jsonl
     assert shown.text("#stage") == "training"
     at_work = {row[0]: row[1] in ("training", "waiting") for row in shown.rows("clients-table")}
     assert at_work == {"ward-1": True, "ward-2": True}
+    stays.send_signal(signal.SIGSTOP)  # else the run's end soon takes the place of what is told here
     goes.kill()
     shown.wait_until(lambda: shown.rows("clients-table")[0][:2] == ["ward-2", "lost"])
     shown.wait_until(lambda: "ward-2 is lost" in shown.text("#news"))
+    stays.send_signal(signal.SIGCONT)
 
     assert stays.wait(timeout=LOADED_S) == 0
     assert server.wait(timeout=LOADED_S) == 0

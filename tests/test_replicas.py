@@ -1,6 +1,7 @@
 """Many clients in one process come to what as many processes come to, and none waits for ever for another."""
 
 import json
+import resource
 import signal
 import threading
 import time
@@ -23,7 +24,6 @@ from common.meter import Clock
 from common.methods import settled
 from common.methods.base import run_step as ordinary_step
 from common.run import Run
-from dsl_client import replicas as module
 from dsl_client import trainer
 from dsl_client.client import Client
 from dsl_client.commons import Commons, Once
@@ -344,16 +344,22 @@ def test_what_is_common_is_made_once() -> None:
 # ------------------------------------------------------------ how they end
 
 
-def test_the_others_go_on_without_a_replica_that_fails(images: str, tmp_path: Path) -> None:
+def failing(index: int) -> type[Client]:
+    """Clients of whom that one does not get to train."""
+
     class Failing(Client):
         def train(self, *arguments: Any) -> Path:
-            if self.index == 2:
+            if self.index == index:
                 raise StepError("its loss is not finite")
             return super().train(*arguments)
 
+    return Failing
+
+
+def test_the_others_go_on_without_a_replica_that_fails(images: str, tmp_path: Path) -> None:
     run, said = run_of(images, "dsl", clients=4, quorum=3), list[str]()
     with serving(run, tmp_path) as server:
-        many = replicas_of(server, 4, 2, kind=Failing, tell=said.append)
+        many = replicas_of(server, 4, 2, kind=failing(2), tell=said.append)
         many.join(10, takeover=False, on_joined=lambda _: None)
         with pytest.raises(StepError, match="its loss is not finite"):
             many.train(tmp_path, lambda: time.sleep(0.01))
@@ -367,14 +373,8 @@ def test_the_others_go_on_without_a_replica_that_fails(images: str, tmp_path: Pa
 
 
 def test_without_a_quorum_all_end_and_the_cause_is_told(images: str, tmp_path: Path) -> None:
-    class Failing(Client):
-        def train(self, *arguments: Any) -> Path:
-            if self.index == 0:
-                raise StepError("its loss is not finite")
-            return super().train(*arguments)
-
     with serving(run_of(images, "psl", clients=8), tmp_path) as server:
-        many = replicas_of(server, 8, 1, kind=Failing)
+        many = replicas_of(server, 8, 1, kind=failing(0))
         many.join(10, takeover=False, on_joined=lambda _: None)
         with pytest.raises(StepError, match="its loss is not finite"):
             many.train(tmp_path, lambda: time.sleep(0.01))
@@ -382,14 +382,14 @@ def test_without_a_quorum_all_end_and_the_cause_is_told(images: str, tmp_path: P
     assert many.ended_well == 0
 
 
-def test_ctrl_c_ends_all_in_order(start: Start) -> None:
+def test_ctrl_c_ends_all_in_order(start: Start, tmp_path: Path) -> None:
     server, address = serve(start, "--clients", 6, "--epochs", 500, "--sync", "average")
     client = start("dsl-client", "--server", address, "--replicas", 6, "--workers", 2)
     assert client.stderr is None
     assert client.stdout is not None
     while "6 replicas, 2 at a time" not in (line := client.stdout.readline()):
         assert line, "it has ended"
-    time.sleep(0.5)
+    wait_for((tmp_path / "dsl-server-0/metrics.jsonl").exists, 60)  # they train
     client.send_signal(signal.SIGINT)
     code, words = ends(client, 30)
     assert code == 130, words
@@ -493,8 +493,8 @@ def test_more_replicas_than_places_are_told_so(images: str, tmp_path: Path) -> N
 
 def test_too_few_open_files_are_told_before_anything_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     limits, raised = (256, 400), list[tuple[int, int]]()
-    monkeypatch.setattr(module.resource, "getrlimit", lambda _: limits)
-    monkeypatch.setattr(module.resource, "setrlimit", lambda _, to: raised.append(to))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, to: raised.append(to))
     check_files(100, each=1)
     assert raised == [(300, 400)], "as far as it is allowed to"
     with pytest.raises(ConfigError, match="need up to 1200 open files, and this process may have 400; raise"):

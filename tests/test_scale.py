@@ -7,6 +7,7 @@ import resource
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -200,9 +201,9 @@ def taken_unread(clients: int) -> int:
         read = 0
         while read < fast:
             read += len(next(requests))
-        context.add_callback(lambda: None)
-        while context.is_active():
-            time.sleep(0.02)
+        over = threading.Event()
+        if context.add_callback(over.set):
+            over.wait()
         return b""
 
     def requests() -> Iterator[bytes]:

@@ -33,9 +33,10 @@ def waits(result: Future[Any], seconds: float = 0.1) -> bool:
     return False
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 10.0) -> None:
     """Until it holds. Raises AssertionError if it does not in a time that is ample."""
-    for _ in range(1000):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
         if condition():
             return
         time.sleep(0.01)

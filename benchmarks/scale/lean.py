@@ -7,6 +7,7 @@ no ledger, no tally, no audit: what differs between the two is how gRPC is serve
 
 import asyncio
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -53,7 +54,7 @@ class Lanes:
             self._came.release()
 
 
-class Lean:
+class Lean(ABC):
     """What the two have in common: the welcome, the lanes, the thread that steps."""
 
     def __init__(self, run: Run, on_applied: OnApplied) -> None:
@@ -79,9 +80,9 @@ class Lean:
             self._on_applied(client, batch.sequence)
             self.free(client)
 
+    @abstractmethod
     def free(self, client: int) -> None:
         """A batch of this client has been taken from its lane."""
-        raise NotImplementedError
 
     def handlers(self) -> grpc.GenericRpcHandler:
         join, stream = rpc.JOIN, rpc.STREAM_ACTIVATIONS

@@ -21,9 +21,12 @@ from benchmarks.scale import measure, report
 from benchmarks.scale.measure import Row
 from benchmarks.scale.net import SAMPLE_BYTES
 from benchmarks.scale.serve import LOOP, REAL, THREADS
+from common.limits import allow_files
 from dsl_server.room import memory_warning
 
 HERE = Path(__file__).parent
+FRONTS = (REAL, THREADS, LOOP)
+OTHER_FILES = 200
 SMALL, LARGE = 1, 128  # samples of 64 KiB
 TOGETHER = 64  # streams up to which large batches are sent to all three in turn: their memory is tripled
 RESNET = {"model": "resnet8", "split": "1", "cut": ""}
@@ -44,9 +47,7 @@ def measured(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
     for streams in options.streams:
         seconds = options.seconds * max(1.0, streams / 256)
         sizes = [SMALL, LARGE] if streams <= TOGETHER else [SMALL]
-        yield from compared(
-            [{"front": f} for f in (REAL, THREADS, LOOP)], streams, sizes, seconds, options, folder
-        )
+        yield from compared([{"front": front} for front in FRONTS], streams, sizes, seconds, options, folder)
         if streams > TOGETHER and fits(streams):
             seconds = options.seconds * streams / 32  # each is to send some
             yield from compared([{"front": REAL}], streams, [LARGE], seconds, options, folder, rounds=1)
@@ -103,7 +104,7 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="measure nothing: tables and plot of the results")
     options = parser.parse_args()
     if not options.show:
-        measure.allow_files()
+        allow_files(len(FRONTS) * max(options.streams) + OTHER_FILES)  # each stream is a socket at either end
         with tempfile.TemporaryDirectory() as folder, options.results.open("w") as file:
             print(json.dumps(machine() | {"seconds": options.seconds, "rounds": options.rounds}), file=file)
             for row in measured(options, Path(folder)):

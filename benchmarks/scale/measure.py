@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import resource
 import statistics
 import time
 from collections import Counter
@@ -82,12 +81,6 @@ class Server(Process):
 def settings(streams: int, **more: Any) -> dict[str, Any]:
     known = {"model": "benchmarks.scale.net:build", "cut": "entry", "clients": streams, "epochs": 1}
     return {**known, "schedule": "constant", "warmup": 0.0, **more}
-
-
-def allow_files() -> None:
-    """Each stream is a socket at either end."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 @contextmanager

@@ -333,24 +333,28 @@ def picture(results: Sequence[Row], file: Path) -> None:
 
     style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
     shown = {
-        "bytes_s": ("MB/s", 1e6),
-        "p50_s": ("seconds in the system, median", 1.0),
-        "cpu_s_gb": ("server's CPU s/GB", 1.0),
-        "fairness": ("fairness: slowest over fastest", 1.0),
+        "bytes_s": ("throughput, MB/s", 1e6),
+        "p50_s": ("time in the system, s", 1.0),
+        "cpu_s_gb": ("server's CPU, s/GB", 1.0),
+        "fairness": ("slowest over fastest", 1.0),
     }
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(11, 6), layout="constrained")
+        figure = Figure(figsize=(12, 6), layout="constrained")
+        numbers = list(streams_of(results))
         for row, size in zip(figure.subplots(2, 4), (SMALL, LARGE), strict=True):
             for axes, (name, (words, unit)) in zip(row, shown.items(), strict=True):
                 for front in FRONTS:
                     points = [
                         (streams, getattr(at, name) / unit)
-                        for streams in streams_of(results)
+                        for streams in numbers
                         if (at := found(results, front=front, streams=streams, batch_bytes=size))
                     ]
                     if points:
                         axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[front], label=front)
-                axes.set(xscale="log", title=f"{words}, {_size(size)}", xlabel="streams")
+                axes.set(xscale="log", title=words, xlabel=f"streams of {_size(size)} batches")
+                axes.set_xticks(numbers, list(map(str, numbers)))
+                axes.set_xticks([], minor=True)
+                axes.set_xlim(numbers[0] / 1.3, numbers[-1] * 1.3)
                 axes.set_ylim(bottom=0)
                 axes.grid(color="#E6E6E6")
         figure.axes[0].legend()

@@ -209,6 +209,12 @@ class Method:
         return not self.one_way
 
     @property
+    def in_rounds(self) -> bool:
+        """Whether its server takes one batch of each client at a time, or does something when all of an epoch
+        have come: then clients wait for one another."""
+        return self.gather is Gather.ALL or self.copies or self.round_step is not None
+
+    @property
     def streams(self) -> bool:
         """Whether batches go one way from beginning to end, each learned from on its own."""
         whole_time = self.send_every > 0 and self.round_step is None and self.new_head is None
