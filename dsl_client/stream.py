@@ -41,7 +41,7 @@ from common.wire import codec
 from common.wire import split_learning_pb2 as pb
 from common.wire.codec import BatchSpec
 from common.wire.pieces import Piece, serialized_size
-from common.wire.rpc import EXPECTED, judged
+from common.wire.rpc import EXPECTED, Malformed, judged
 
 T = TypeVar("T")
 Pieces = Iterator[Piece[Any]]
@@ -423,7 +423,7 @@ class Examination:
         return score
 
 
-def following(responses: Iterator[T | WireError]) -> T:
+def following(responses: Iterator[T | Malformed]) -> T:
     """The next response. Raises ClosedError where there is none."""
     try:
         return judged(next(responses))

@@ -147,7 +147,7 @@ class Intake:
                 self._kept_bytes.clear()  # its client's spool must not fill before the next checkpoint
                 self._saver.request()
         if self._method.tail is Tail.LAST:  # it counts only when its gradient has come
-            job.answer.add_done_callback(partial(self._through, job, last))
+            job.answer.add_done_callback(partial(self._through, job.client, job.mark, last))
             self._inbox.put(job)
         else:
             self._inbox.put(job)
@@ -158,13 +158,13 @@ class Intake:
             self._inbox.put(EpochEnd(client, mark))
         self._rounds.laid(client, mark)
 
-    def _through(self, job: Job, last: bool, answer: Future[Trained]) -> None:
+    def _through(self, client: int, mark: Mark, last: bool, answer: Future[Trained]) -> None:
         """By the trainer: a batch has been through its client's last layers, or could not."""
         with suppress(ClosedError):  # of the run: there is nothing to wait for any more
             if answer.exception() is None:
-                self._laid(job.client, job.mark, last)
+                self._laid(client, mark, last)
             else:
-                self._rounds.give_back(job.client)
+                self._rounds.give_back(client)
 
     def state(self) -> tuple[State, dict[str, Any]]:
         """What a checkpoint holds of it: what each client was answered last, which it may not have got."""

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from common import meter
-from common.errors import WireError
 from common.meter import DOWN, UP, Clock, Traffic, peak_bytes
 from common.methods.base import Smashed
 from common.wire import codec, rpc
 from common.wire import split_learning_pb2 as pb
 from common.wire.codec import BatchSpec
 from common.wire.pieces import Piece
+from common.wire.rpc import Malformed
 from tests.threads import in_thread
 
 
@@ -209,7 +209,7 @@ def test_what_is_read_is_counted_as_what_is_written() -> None:
 def test_what_cannot_be_read_is_counted_as_it_came() -> None:
     traffic = Traffic()
     read = traffic.reading(rpc.TRAIN, "up", rpc.reader(pb.TrainRequest, True))
-    assert isinstance(read(b"\xff\xff\xff"), WireError)
+    assert isinstance(read(b"\xff\xff\xff"), Malformed)
     assert counted(traffic) == {"up/control": 3}
 
 

@@ -1,8 +1,8 @@
 """The RPCs, by name: what each carries and how that becomes bytes.
 
-Ordinary messages are protobuf's own business; tensor streams travel as pieces. Reading gives a
-WireError as a value, not as an exception: gRPC turns an exception of a deserializer into INTERNAL,
-and a malformed message deserves INVALID_ARGUMENT. `judged` raises it where it can be answered.
+Ordinary messages are protobuf's own business; tensor streams travel as pieces. What cannot be read is a
+value, not an exception: gRPC turns an exception of a deserializer into INTERNAL, and a malformed message
+deserves INVALID_ARGUMENT. `judged` raises it where it can be answered.
 """
 
 from collections.abc import Callable
@@ -74,22 +74,32 @@ def writer(kind: type[Message], in_pieces: bool) -> Write:
     return pieces.encode if in_pieces else kind.SerializeToString
 
 
-def reader(kind: type[Message], in_pieces: bool) -> Read:
-    """Gives a Piece or a message of this kind, or the WireError that says why it is none."""
+@dataclass(frozen=True)
+class Malformed:
+    """Bytes that are no message. Not an exception that is handed on and raised later: it would hold frames
+    that hold it, and gRPC's call with them, until Python next looks for such circles; and a connection whose
+    calls are not let go takes no more of them.
+    """
 
-    def read(raw: bytes) -> Piece[Message] | Message | WireError:
+    reason: str
+
+
+def reader(kind: type[Message], in_pieces: bool) -> Read:
+    """Gives a Piece or a message of this kind, or Malformed."""
+
+    def read(raw: bytes) -> Piece[Message] | Message | Malformed:
         try:
             return pieces.decode(kind, raw) if in_pieces else kind.FromString(raw)
         except WireError as error:
-            return error
+            return Malformed(str(error))
         except DecodeError as error:
-            return WireError(f"not a {kind.DESCRIPTOR.name}: {error}")
+            return Malformed(f"not a {kind.DESCRIPTOR.name}: {error}")
 
     return read
 
 
-def judged(read: T | WireError) -> T:
-    """What was read. Raises the WireError if it was malformed."""
-    if isinstance(read, WireError):
-        raise read
+def judged(read: T | Malformed) -> T:
+    """What was read. Raises WireError if it was malformed."""
+    if isinstance(read, Malformed):
+        raise WireError(read.reason)
     return read
