@@ -20,15 +20,15 @@ from torch import Tensor
 from common.disk import replace_file, sync
 from common.errors import ConfigError
 from common.methods.base import Part
-from common.parts import load_state, specs, state_of
+from common.parts import State, load_state, specs, state_of
 
 _TENSORS, _FACTS = "part.safetensors", "facts.json"
 
 
-def save(folder: Path, part: Part, facts: dict[str, Any]) -> None:
-    """Writes weights, buffers and momentum, and facts about them that JSON can hold."""
+def save(folder: Path, state: State, facts: dict[str, Any]) -> None:
+    """Writes a part's weights, buffers and momentum, and facts about them that JSON can hold."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach() for name, tensor in state_of(part).items()}
+    tensors = {name: tensor.detach() for name, tensor in state.items()}
     _save_file(tensors, folder / f".{_TENSORS}.tmp")
     os.replace(folder / f".{_TENSORS}.tmp", folder / _TENSORS)
     replace_file(folder / _FACTS, json.dumps(facts, indent=2) + "\n")

@@ -20,7 +20,7 @@ from common.nets import named
 from common.nets.cut import CutNet
 from common.nets.named import versions
 from common.own import first_words, is_function
-from common.parts import client_part
+from common.parts import client_part, state_of
 from common.run import Run
 from common.rundir import RunFolder
 from common.tls import Credentials
@@ -125,7 +125,7 @@ class Client:
             "data": self._source if isinstance(self._source, str) else run.data,
             "classes": train.names,
         }
-        checkpoint.save(folder.path / "checkpoint", part, facts)
+        checkpoint.save(folder.path / "checkpoint", state_of(part), facts)
         folder.write_summary(
             {
                 "client": self.index,

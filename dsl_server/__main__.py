@@ -73,6 +73,9 @@ class Options:
     server_sync: str = "step"
     """Under torchrun: step, where the ranks make each step together; or every:H, where each steps on its own
     and their weights are averaged every H ticks (docs/ranks.md)."""
+    fsdp: bool = False
+    """Under torchrun: divide the top's weights over the ranks (PyTorch's FSDP2), where they are too many for
+    one GPU."""
     tick_batches: int = 1
     """Under torchrun: batches with which a rank's share of a tick closes."""
     tick_ms: float = 20.0
@@ -146,10 +149,11 @@ def _serve(options: Options) -> int:
     if options.resume and torchrun.begins(options.resume, os.environ):
         options = replace(options, out=options.resume, resume=None)
     if here is None:
-        for flag in ("server_sync", "tick_batches", "tick_ms", "rank_timeout", "advertise"):
+        for flag in ("server_sync", "fsdp", "tick_batches", "tick_ms", "rank_timeout", "advertise"):
             if (value := getattr(options, flag)) != getattr(Options, flag):
+                said = f"--{flag.replace('_', '-')}" + ("" if value is True else f" {value}")
                 raise ConfigError(
-                    f"--{flag.replace('_', '-')} {value}: is of a server of several ranks; start it by "
+                    f"{said}: is of a server of several ranks; start it by "
                     "torchrun --nproc-per-node 2 or more"
                 )
         return _serve_run(options)
@@ -157,7 +161,7 @@ def _serve(options: Options) -> int:
     from dsl_server.ranks import Ranks  # these import torch
     from dsl_server.ticks import Pace
 
-    pace = Pace.of(options.tick_batches, options.tick_ms, options.server_sync)
+    pace = Pace.of(options.tick_batches, options.tick_ms, options.server_sync, options.fsdp)
     ranks = Ranks.met(cli.device_of(here.device(options.device)), options.rank_timeout)
     try:
         return (_serve_run if ranks.first else _serve_beside)(options, ranks, pace)

@@ -20,6 +20,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
@@ -33,7 +34,8 @@ GRACE_S = 3.0  # for the others to say that they live, when one is lost
 class Header:
     """What a rank says of itself before each step. Numbers all, so that it travels in one collective."""
 
-    samples: float = 0.0  # that it would step on
+    batches: float = 0.0  # that it would step on
+    samples: float = 0.0  # in these
     progress: float = 0.0  # of these, each with the fraction of the run before it: their sum
     ready: float = 0.0  # in fixed order: it has one batch of each of its clients, or stands, or has ended
     at_round_end: float = 0.0
@@ -42,6 +44,7 @@ class Header:
     ended: float = 0.0  # its clients have all left
     wants_save: float = 0.0
     save_now: float = 0.0  # of the first rank: all are to stop for a checkpoint
+    errands: float = 0.0  # of a divided part, which all ranks go along with
     wants_mean: float = 0.0  # in local steps: it must not go on before the ranks' weights are one
     part_samples: float = 0.0  # behind its clients' parts, once all have given theirs for an average
     parts_ready: float = 0.0  # no client of its own is still to give its part
@@ -69,6 +72,9 @@ class Headers:
         """The sum over the ranks, in their order: the same bits at each."""
         column = _COLUMNS[name]
         return float(sum(row[column] for row in self._rows))
+
+    def most(self, name: str) -> int:
+        return int(max(row[_COLUMNS[name]] for row in self._rows))
 
     def any(self, name: str) -> bool:
         return any(row[_COLUMNS[name]] for row in self._rows)
@@ -123,6 +129,10 @@ class Ranks:
     @property
     def first(self) -> bool:
         return self.rank == 0
+
+    def mesh(self) -> DeviceMesh:
+        """The ranks in a row, for weights that lie divided over them."""
+        return init_device_mesh(self.device.type, (self.size,))
 
     # ------------------------------------------------------------ in step with the others
 
@@ -248,6 +258,18 @@ class Ranks:
         except RuntimeError as error:
             self.in_doubt = True
             raise self._why(error) from None
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """For what makes collectives by itself, as FSDP does."""
+        try:
+            yield
+        except RuntimeError as error:
+            # gloo raises nothing of its own, but names its source.
+            if isinstance(error, dist.DistError) or "gloo/" in str(error):
+                self.in_doubt = True
+                raise self._why(error) from None
+            raise
 
     def _why(self, error: RuntimeError) -> ClosedError:
         """What has become of the others: their own reason, or who of them is silent."""

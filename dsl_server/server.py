@@ -25,7 +25,7 @@ from common.errors import ClosedError, ConfigError, SplitLearningError, StaleErr
 from common.live import Gauge
 from common.meter import Clock, Traffic
 from common.methods import build_method, settled
-from common.methods.base import Tail
+from common.methods.base import Received, Tail
 from common.methods.hosting import Hosting
 from common.parts import (
     Spec,
@@ -41,7 +41,7 @@ from common.parts import (
 from common.run import Run
 from common.rundir import RunFolder
 from common.tls import Credentials, Guard
-from common.wire.codec import batch_spec
+from common.wire.codec import BatchSpec, batch_spec
 from common.wire.options import SLACK_BYTES, server_options
 from common.wire.pieces import PIECE_BYTES
 from common.wire.rpc import RPCS, Rpc
@@ -113,7 +113,8 @@ class Server:
             pace = pace or Pace()
             check(run, self.method, pace)
         net = chance.built(run)
-        self.part = server_part(run, self.method, net, device)
+        fsdp = ranks is not None and pace is not None and pace.fsdp
+        self.part = server_part(run, self.method, net, torch.device("cpu") if fsdp else device)
         self.traffic, self._clock = Traffic(), Clock()
         for layers in [*(stage.layers for stage in self.part.inner), self.part.outermost]:
             self._clock.module("forward", layers)
@@ -208,6 +209,8 @@ class Server:
         if saved:
             self._restore(saved, part_specs)
             places.restore(Ledger.restored(run.clients, saved.facts["rounds"]["ledger"]).accounts)
+        if ranks and fsdp:
+            self._divide(ranks, spec)
         if ranks and not ranks.first:
             chance.seed(run.seed - ranks.rank)  # no two ranks drop out alike
         self._grpc, self._pool, self._health, self.port = listen_on(
@@ -262,7 +265,7 @@ class Server:
         will not have them."""
         try:
             facts = {"run": asdict(self.run), "run_id": self.rounds.ledger.run_id}
-            checkpoint.save(self._folder.path / "checkpoint", self.part, facts)
+            checkpoint.save(self._folder.path / "checkpoint", self.hosting.state_of(self.part), facts)
             return self.record.write_summary()
         except OSError as error:
             raise ConfigError(f"{self._folder.path} cannot be written: {error.strerror}") from error
@@ -314,6 +317,13 @@ class Server:
         if goes_on is None:
             self.hosting.load(tensors)
         return goes_on
+
+    def _divide(self, ranks: Ranks, spec: BatchSpec) -> None:
+        from common.methods.divided import Divided  # takes a while
+
+        y = torch.zeros(spec.label_shape(2), dtype=torch.float32 if spec.numbers else torch.int64)
+        like = Received(torch.zeros(2, *spec.cut_shape), y, client=0, progress=0.0)
+        self.hosting.divide(Divided(self.part, ranks.mesh(), ranks.sum, like))
 
     def _ticks(
         self, ranks: Ranks, pace: Pace, own: Sequence[int], part_specs: Mapping[str, Spec]

@@ -6,6 +6,9 @@ batches, by samples. A rank with nothing gives zeros. Or each steps on its own, 
 weights, statistics and momentum are made one. What has to find the ranks' weights alike, and all of them
 between two steps, stands until that is so: a checkpoint, the end of a round, an errand.
 
+Where the part lies divided over the ranks (`common/methods/divided.py`), all of them go through the network
+equally often: who has fewer batches or errands than another goes along with noise.
+
 With a fixed order a tick is one batch of each client that is still in the epoch, at whichever rank, however
 long that takes; rounds end for all ranks together."""
 
@@ -32,18 +35,22 @@ from dsl_server.saver import Follower, Saver, Unsaved
 from dsl_server.sharing import Sharing
 from dsl_server.trainer import OnTrained, Trainer, failure_of, tell
 
+_ERRANDS = 32  # of a tick
+
 
 @dataclass(frozen=True)
 class Pace:
     """batches: that close a rank's share of a tick. seconds: after which it closes in any case. local: ticks
-    of local steps from one mean of the ranks' weights to the next; 0: every step is a common one."""
+    of local steps from one mean of the ranks' weights to the next; 0: every step is a common one. fsdp: the
+    part lies divided over the ranks."""
 
     batches: int = 1
     seconds: float = 0.02
     local: int = 0
+    fsdp: bool = False
 
     @classmethod
-    def of(cls, batches: int, milliseconds: float, sync: str) -> "Pace":
+    def of(cls, batches: int, milliseconds: float, sync: str, fsdp: bool = False) -> "Pace":
         """As flags say it. Raises ConfigError."""
         if batches < 1:
             raise ConfigError(f"--tick-batches {batches} is below 1")
@@ -52,7 +59,9 @@ class Pace:
         match = re.fullmatch(r"step|every:([1-9][0-9]{0,8})", sync)
         if match is None:
             raise ConfigError(f"--server-sync {sync!r}: choose step, or every:H, such as every:8")
-        return cls(batches, milliseconds / 1000, int(match[1] or 0))
+        if fsdp and match[1]:
+            raise ConfigError(f"--fsdp: every step is a common one; leave --server-sync {sync} out")
+        return cls(batches, milliseconds / 1000, int(match[1] or 0), fsdp)
 
 
 def check(run: Run, method: Method, pace: Pace) -> None:
@@ -63,6 +72,8 @@ def check(run: Run, method: Method, pace: Pace) -> None:
             f"--method {method.name}: a server of several ranks needs one part that steps on each batch; "
             "choose dsl, csl or cse-fsl, or start one process"
         )
+    if pace.fsdp and run.server_modules > 1:
+        raise ConfigError(f"--server-modules {run.server_modules}: not with --fsdp; leave one of them out")
     refused = {
         f"--quorum {run.quorum}": run.least_clients < run.clients,
         "--sync relay": run.sync == "relay",
@@ -104,6 +115,7 @@ class Ticks(Trainer):
         self._fixed, self._averages = run.fixed_order, run.sync == "average"
         self._goes_back, self._part_specs = goes_back, part_specs
         self._jobs: list[Job] = []  # taken, and not learned from yet
+        self._errands: list[Errand] = []  # taken, of a divided part
         self._stands: Errand | RoundEnd | Save | None = None
         self._ended = False
         self._astray = set[int]()  # clients that cannot come back to where they are now
@@ -127,10 +139,14 @@ class Ticks(Trainer):
         try:
             while not self._tick(inbox):
                 pass
+            with self._ranks.together():
+                self._hosting.put_together(self._ranks.first)
             self._ranks.end()
         except Exception as error:
             failure = error if isinstance(error, SplitLearningError) else failure_of(self._jobs, error)
             tell(self._jobs, failure)
+            for errand in self._errands:
+                tell(errand, failure)
             self._ranks.fail(failure)
             raise failure from error
 
@@ -149,6 +165,8 @@ class Ticks(Trainer):
         self._count_all(headers)
         if headers.any("news"):
             self._sharing.hear(self._ranks.from_each(self._news))
+        if headers.any("errands"):
+            self._run_together(headers.most("errands"))
         if headers.any("part_samples") and headers.all("parts_ready"):
             self._average(headers.total("part_samples"))
         if self._fixed and headers[0].save_now and headers.all("in_step"):
@@ -174,12 +192,14 @@ class Ticks(Trainer):
         enough = 1 if self._fixed else self._pace.batches
         if inbox.closed:
             raise inbox.closed
-        while not (self._stands or self._ended) and len(self._jobs) < enough:
+        while (
+            not (self._stands or self._ended) and len(self._jobs) < enough and len(self._errands) < _ERRANDS
+        ):
             work = inbox.take(max(0.0, end - time.monotonic()))
             if isinstance(work, Spare):
                 return
             if isinstance(work, Errand) and not (self._jobs or self._since):
-                self._run(work)
+                self._errand(work)
                 if time.monotonic() >= end:
                     return
             elif isinstance(work, Errand | RoundEnd | Save):
@@ -192,15 +212,33 @@ class Ticks(Trainer):
                 self._ended = True
         if isinstance(self._stands, Errand) and not (self._jobs or self._since):
             errand, self._stands = self._stands, None
+            self._errand(errand)
+
+    def _errand(self, errand: Errand) -> None:
+        if self._pace.fsdp:
+            self._errands.append(errand)
+        else:
             self._run(errand)
 
+    def _run_together(self, most: int) -> None:
+        """The errands that wait here. most: at the rank that has most of them."""
+        with self._ranks.together():
+            for _ in range(most - len(self._errands)):
+                self._hosting.accompany()
+        while self._errands:
+            self._run(self._errands.pop(0))
+
     def _run(self, errand: Errand) -> None:
-        with suppress(InvalidStateError):  # its client is lost
-            try:
-                errand.answer.set_result(errand.do(self._hosting))
-            except Exception as error:  # whatever a network of the user's raises
-                errand.answer.set_exception(failure_of(errand, error))
-                raise failure_of(errand, error) from error
+        try:
+            with self._ranks.together():
+                done = errand.do(self._hosting)
+        except Exception as error:  # whatever a network of the user's raises
+            failure = error if isinstance(error, LostRankError) else failure_of(errand, error)
+            with suppress(InvalidStateError):  # its client is lost
+                errand.answer.set_exception(failure)
+            raise failure from error
+        with suppress(InvalidStateError):
+            errand.answer.set_result(done)
 
     def _header(self) -> Header:
         jobs, stands, saver = self._jobs, self._stands, self._sharing.saver
@@ -208,6 +246,7 @@ class Ticks(Trainer):
         ready, self._given = self._rounds.given() if self._averages else (True, 0)
         return replace(
             self._counts(),
+            batches=len(jobs),
             samples=sum(len(job.batch.z) for job in jobs),
             progress=sum(len(job.batch.z) * job.progress for job in jobs),
             ready=bool(jobs) or isinstance(stands, RoundEnd) or self._ended,
@@ -217,6 +256,7 @@ class Ticks(Trainer):
             ended=self._ended and not jobs,
             wants_save=isinstance(saver, Follower) and saver.is_due,
             save_now=self._save_due and isinstance(saver, Saver) and saver.is_free,
+            errands=len(self._errands),
             wants_mean=isinstance(stands, Errand),
             part_samples=self._given,
             parts_ready=ready,
@@ -245,7 +285,7 @@ class Ticks(Trainer):
     # ------------------------------------------------------------ what the ranks do together
 
     def _learn(self, headers: Headers) -> None:
-        with self._clock("step"):
+        with self._clock("step"), self._ranks.together():
             received = [self._received(job) for job in self._jobs]
             if self._pace.local:
                 answers = [self._hosting.step([batch]) for batch in received]
@@ -254,7 +294,9 @@ class Ticks(Trainer):
                 samples = headers.total("samples")
                 progress = headers.total("progress") / samples
                 before = self._hosting.skipped
-                answers = self._hosting.joint_step(received, samples, progress, self._ranks.sum)
+                answers = self._hosting.joint_step(
+                    received, samples, progress, self._ranks.sum, headers.most("batches")
+                )
                 self._skipped += (self._hosting.skipped - before) if self._ranks.first else 0
         self._ticks += 1
         jobs, self._jobs = self._jobs, []
@@ -317,6 +359,8 @@ class Ticks(Trainer):
         )  # of this tick: what is saved is all that is learned
         self._save_due = False
         with self._clock("step"):
+            with self._ranks.together():
+                self._hosting.put_together(self._ranks.first)
             self._save()
 
 

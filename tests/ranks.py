@@ -113,7 +113,7 @@ def federation_of_ranks(
     with rank_of(ranks, run, folder, pace, own) as server:
         if not ranks.first:
             assert server.wait(timeout=60)
-            save(folder / f"rank-{ranks.rank}.safetensors", state_of(server.part))
+            save(folder / f"rank-{ranks.rank}.safetensors", server.hosting.state_of(server.part))
             return None
         test = Batches(run, seed=99, samples=20)
         nets = [build(run) for _ in data]

@@ -97,9 +97,9 @@ def test_grpc_is_known_only_where_a_wire_ends() -> None:
     }
 
 
-def test_the_ranks_are_known_to_torch_distributed_in_one_place_only() -> None:
+def test_torch_distributed_is_known_where_the_ranks_meet_and_where_weights_are_divided() -> None:
     knowing = {str(module) for module in modules(*PACKAGES) if imports(module, "torch.distributed")}
-    assert knowing == {"dsl_server/ranks.py"}
+    assert knowing == {"dsl_server/ranks.py", "common/methods/divided.py"}
 
 
 @pytest.mark.parametrize("module", ["dsl_server/ranks.py", "dsl_server/places.py", "dsl_server/ticks.py"])

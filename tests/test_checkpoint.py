@@ -47,7 +47,7 @@ def same(ours: ClientPart | ServerPart, theirs: ClientPart | ServerPart) -> bool
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    save(tmp_path, trained(fresh()), {"epoch": 3})
+    save(tmp_path, state_of(trained(fresh())), {"epoch": 3})
     return tmp_path
 
 
@@ -65,7 +65,7 @@ def refused(folder: Path, part: ClientPart | None = None) -> str:
 
 def test_what_is_restored_has_equal_bits_momentum_and_statistics_included(tmp_path: Path) -> None:
     part, other = trained(fresh()), fresh(seed=9)
-    save(tmp_path, part, {"epoch": 3, "run": {"lr": 0.1}})
+    save(tmp_path, state_of(part), {"epoch": 3, "run": {"lr": 0.1}})
     assert restore(tmp_path, other) == {"epoch": 3, "run": {"lr": 0.1}}
     assert same(part, other)
     assert any(name.startswith("momentum.") and tensor.any() for name, tensor in state_of(other).items())
@@ -73,7 +73,7 @@ def test_what_is_restored_has_equal_bits_momentum_and_statistics_included(tmp_pa
 
 def test_who_goes_on_from_a_checkpoint_trains_as_if_nothing_had_been(tmp_path: Path) -> None:
     part, other = trained(fresh()), fresh(seed=9)
-    save(tmp_path, part, {})
+    save(tmp_path, state_of(part), {})
     restore(tmp_path, other)
     assert same(trained(part, epochs=2), trained(other, epochs=2))
 
@@ -81,7 +81,7 @@ def test_who_goes_on_from_a_checkpoint_trains_as_if_nothing_had_been(tmp_path: P
 def test_a_part_that_was_never_trained_can_be_saved_too(tmp_path: Path) -> None:
     run = small_run()
     part = server_part(run, build_method(run), build(run), CPU)
-    save(tmp_path, part, {})
+    save(tmp_path, state_of(part), {})
     other = server_part(run, build_method(run), build(small_run(seed=4)), CPU)
     restore(tmp_path, other)
     assert same(part, other)
@@ -89,14 +89,14 @@ def test_a_part_that_was_never_trained_can_be_saved_too(tmp_path: Path) -> None:
 
 def test_a_later_checkpoint_replaces_the_earlier_and_nothing_else_is_left(saved: Path) -> None:
     part, other = trained(fresh(), epochs=2), fresh()
-    save(saved, part, {"epoch": 4})
+    save(saved, state_of(part), {"epoch": 4})
     assert sorted(path.name for path in saved.iterdir()) == [FACTS, TENSORS]
     assert restore(saved, other) == {"epoch": 4}
     assert same(part, other)
 
 
 def test_a_folder_that_is_not_there_yet_is_made(tmp_path: Path) -> None:
-    save(tmp_path / "a" / "b", fresh(), {})
+    save(tmp_path / "a" / "b", state_of(fresh()), {})
     assert (tmp_path / "a" / "b" / TENSORS).exists()
 
 

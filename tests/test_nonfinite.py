@@ -203,7 +203,7 @@ def test_statistics_that_overflow_are_no_step_though_loss_and_gradients_are_fini
     run = small_run()
     top = nn.Sequential(nn.BatchNorm2d(16), nn.Flatten(), nn.Linear(16 * 8 * 8, 4))
     part = ServerPart(top, sgd(top.parameters(), run), torch.Generator())
-    guard, rule = Guard(part), build_method(run).server_step
+    guard, rule = Guard(list(state_of(part).values())), build_method(run).server_step
     guard.step(lambda: rule(part, [received(run)]))
     before = {name: tensor.clone() for name, tensor in state_of(part).items()}
     large = replace(received(run), z=received(run).z * 1e30, wanted=False)  # whose squares overflow

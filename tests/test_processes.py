@@ -38,7 +38,10 @@ def summary_of(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("method", ["dsl", "csl"])
 @pytest.mark.parametrize(
     ("clients", "sync"),
-    [(1, "none"), (1, "average"), (1, "relay"), (3, "none"), (3, "average"), (3, "relay")],
+    [
+        *(pytest.param(1, sync, marks=pytest.mark.slow) for sync in ("none", "average", "relay")),
+        *((3, sync) for sync in ("none", "average", "relay")),
+    ],
 )
 def test_a_run_between_processes_ends_with_exact_counts(
     method: str, clients: int, sync: str, tmp_path: Path

@@ -311,8 +311,11 @@ def test_a_run_in_processes_that_fails_says_why(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("processes", [False, True])
 @pytest.mark.usefixtures("nothing_left")
-def test_ctrl_c_ends_all_of_it(processes: bool, tmp_path: Path) -> None:
+def test_ctrl_c_ends_all_of_it(processes: bool, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     run = skip_run(epochs=500, clients=1)
+    # Else a shell that began the tests in the background has said that it is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with pytest.raises(KeyboardInterrupt):
         dsl.train(
             run,

@@ -37,6 +37,7 @@ LIKE_ONE = {  # whatever their number
     "csl": small_run(method="csl", clients=3, deterministic=True),
     "fewer clients than ranks": small_run(method="dsl", clients=2, deterministic=True),
 }
+DIVIDED = {name: LIKE_ONE[name] for name in ("dsl, averaged", "csl", "fewer clients than ranks")}
 STEPS = small_run(method="dsl", clients=3, deterministic=True, **STEADY)
 SURE = small_run(method="csl", clients=2, epochs=1)
 LASTING = small_run(method="dsl", clients=3, checkpoint_every=0.2, sync="average")
@@ -63,11 +64,14 @@ def every_size(meeting: Meeting, folder: str) -> None:
             server, clients, _ = done
             parts = [under(str(client), part) for client, part in enumerate(clients)]
             save(out / "clients.safetensors", {name: t for part in parts for name, t in part.items()})
-            save(out / "rank-0.safetensors", state_of(server.part))
+            save(out / "rank-0.safetensors", server.hosting.state_of(server.part))
 
     for name, run in LIKE_ONE.items():
         for size in SIZES[: 3 - meeting.rank]:
             end(name, size, run)
+    for name, run in DIVIDED.items():
+        for size in SIZES[: 3 - meeting.rank][:2]:
+            end(f"{name}, divided", size, run, Pace(fsdp=True))
     end("common steps", 3, STEPS)
     end("a mean every tick", 3, STEPS, Pace(local=1))
     for name, (run, pace) in ANY_ORDER.items():
@@ -92,6 +96,20 @@ def test_two_and_three_ranks_equal_one_on_the_same_batches(runs: Path, name: str
         one, several = loaded(runs / f"{name} 1" / file), loaded(runs / f"{name} {size}" / file)
         torch.testing.assert_close(several, one, rtol=0, atol=1e-6)
     assert_ranks_are_one(runs / f"{name} {size}", size)
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_that_divide_the_weights_equal_one_that_has_them_all(runs: Path, name: str, size: int) -> None:
+    for file in ("checkpoint/part.safetensors", "clients.safetensors"):
+        whole, divided = (runs / f"{of} {n}" / file for of, n in ((name, 1), (f"{name}, divided", size)))
+        torch.testing.assert_close(loaded(divided), loaded(whole), rtol=0, atol=1e-6)
+    one, several = (
+        json.loads((runs / of / "summary.json").read_text())
+        for of in (f"{name} 1", f"{name}, divided {size}")
+    )
+    assert several["test"]["accuracy"] == one["test"]["accuracy"]
+    assert several["test"]["loss"] == pytest.approx(one["test"]["loss"], abs=1e-5)
 
 
 def test_a_mean_of_the_weights_after_every_tick_is_a_common_step(runs: Path) -> None:

@@ -65,6 +65,12 @@ def test_settings_of_one_process_are_refused(settings: dict[str, Any], said: str
     assert refusal(**settings).startswith(said)
 
 
+def test_modules_that_learn_one_after_the_other_are_not_divided() -> None:
+    assert refusal(Pace(fsdp=True), server_modules=2) == (
+        "--server-modules 2: not with --fsdp; leave one of them out"
+    )
+
+
 def test_a_tick_in_fixed_order_is_one_batch_of_each() -> None:
     assert "leave it out" in refusal(Pace(batches=2), fixed_order=True)
 
@@ -77,9 +83,10 @@ def test_a_tick_in_fixed_order_is_one_batch_of_each() -> None:
         ((1, float("nan"), "step"), "--tick-ms nan"),
         ((1, 20.0, "every:0"), "--server-sync 'every:0': choose step, or every:H, such as every:8"),
         ((1, 20.0, "often"), "--server-sync 'often'"),
+        ((1, 20.0, "every:8", True), "--fsdp: every step is a common one; leave --server-sync every:8 out"),
     ],
 )
-def test_a_pace_that_cannot_be_is_refused(given: tuple[int, float, str], said: str) -> None:
+def test_a_pace_that_cannot_be_is_refused(given: tuple[Any, ...], said: str) -> None:
     with pytest.raises(ConfigError, match=said.replace("'", ".")):
         Pace.of(*given)
 
@@ -87,15 +94,22 @@ def test_a_pace_that_cannot_be_is_refused(given: tuple[int, float, str], said: s
 def test_a_pace_is_as_flags_say_it() -> None:
     assert Pace.of(4, 50, "every:8") == Pace(4, 0.05, 8)
     assert Pace.of(1, 20, "step") == Pace()
+    assert Pace.of(1, 20, "step", fsdp=True) == Pace(fsdp=True)
 
 
 @pytest.mark.parametrize(
     "flags",
-    [["--server-sync", "every:4"], ["--tick-batches", "2"], ["--tick-ms", "5"], ["--advertise", "a"]],
+    [
+        ["--server-sync", "every:4"],
+        ["--tick-batches", "2"],
+        ["--tick-ms", "5.0"],
+        ["--advertise", "a"],
+        ["--fsdp"],
+    ],
 )
 def test_flags_of_ranks_without_ranks_are_refused(flags: list[str]) -> None:
     with pytest.raises(
-        ConfigError, match=f"{flags[0]} .*: is of a server of several ranks; start it by torchrun"
+        ConfigError, match=f"{' '.join(flags)}: is of a server of several ranks; start it by torchrun"
     ):
         program._main(flags)
 
@@ -121,7 +135,7 @@ def test_the_commands_of_the_page_are_understood_by_torchrun_and_by_the_server(w
 
 
 def test_the_commands_of_the_page_were_found() -> None:
-    assert len(COMMANDS) == 4
+    assert len(COMMANDS) == 5
 
 
 def test_one_process_is_no_server_of_several() -> None:

@@ -151,9 +151,12 @@ def test_a_rank_is_killed_and_nothing_counts_twice(start: Start, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_the_weights_are_those_of_a_run_that_nothing_befell(start: Start, tmp_path: Path) -> None:
-    ended(start, tmp_path / "whole", "--deterministic")
-    ended(start, tmp_path / "killed", "--deterministic", kill=0)
+@pytest.mark.parametrize("flags", [["--deterministic"], ["--deterministic", "--fsdp"]], ids=" ".join)
+def test_the_weights_are_those_of_a_run_that_nothing_befell(
+    start: Start, tmp_path: Path, flags: list[str]
+) -> None:
+    ended(start, tmp_path / "whole", *flags)
+    ended(start, tmp_path / "killed", *flags, kill=0)
     assert_counted_once(tmp_path / "killed/run")
     whole, killed = (loaded(tmp_path / of / "run/checkpoint/part.safetensors") for of in ("whole", "killed"))
     assert all(torch.equal(tensor, killed[name]) for name, tensor in whole.items())
@@ -167,6 +170,7 @@ def test_the_weights_are_those_of_a_run_that_nothing_befell(start: Start, tmp_pa
         ["--server-sync", "every:4", "--tick-batches", "2"],
         ["--method", "cse-fsl"],
         ["--method", "csl", "--deterministic"],
+        ["--fsdp", "--tick-batches", "2"],
     ],
     ids=" ".join,
 )

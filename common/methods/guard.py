@@ -9,18 +9,18 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from common.errors import NonFiniteError
-from common.methods.base import Answer, ServerPart
-from common.parts import state_of
+from common.methods.base import Answer
 
 
 class Guard:
-    """Of one part, whose weights, buffers and momentum stay where they are in memory.
+    """Of the weights, buffers and momentum of one part, which stay where they are in memory.
 
     Numbers whose squares overflow (about 1e19) count as not finite: nothing can be learned from them.
+    agreed: of a part that lies divided over several places, the sum over these, in place: so all judge alike.
     """
 
-    def __init__(self, part: ServerPart) -> None:
-        state = list(state_of(part).values())
+    def __init__(self, state: Sequence[Tensor], agreed: Callable[[Tensor], None] = lambda _: None) -> None:
+        self._agreed = agreed
         self._numbers = [tensor for tensor in state if tensor.is_floating_point()]
         self._counters = [tensor for tensor in state if not tensor.is_floating_point()]
         self._before = [[tensor.clone() for tensor in some] for some in (self._numbers, self._counters)]
@@ -44,6 +44,7 @@ class Guard:
     def _judged(self, answer: Answer) -> Answer:
         gradients = [gradient for gradient in answer.gradients if gradient is not None]
         norm = get_total_norm([*self._numbers, *gradients])
+        self._agreed(norm)
         if answer.loss is None:
             loss, size = None, norm.item()
         else:  # read together: on a GPU the host waits once

@@ -8,6 +8,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,9 @@ from common.optim import learning_rate, set_learning_rate, sgd
 from common.parts import State, average, copied, found_under, load_state, state_of, under
 from common.run import Run
 
+if TYPE_CHECKING:
+    from common.methods.divided import Divided
+
 
 class Hosting:
     """`parts`: one, or one for each client where the method has copies; all begin alike.
@@ -38,18 +42,19 @@ class Hosting:
         self.parts = [part]
         if method.copies:
             self.parts += [_copy(run, part) for _ in range(run.clients - 1)]
-        self._guards = [Guard(part) for part in self.parts]
+        self._guards = [Guard(list(state_of(part).values())) for part in self.parts]
         self._samples = [0] * len(self.parts)  # of this round, by copy
         self._device = next(part.top.parameters(), torch.empty(0)).device
         self.rounds = 0  # that have ended
         self.skipped = 0  # joint steps left out
         self._joint: Joint | None = None
+        self._divided: Divided | None = None
 
     def state(self) -> State:
         """All that the next step depends on, but for the run: for a checkpoint. Copies of what changes."""
         state: State = {}
         for index, part in enumerate(self.parts):
-            state |= under(f"parts.{index}", copied(state_of(part)))
+            state |= under(f"parts.{index}", copied(self.state_of(part)))
         if self._method.memory is not None:
             state |= under("memory", self._method.memory.state())
         if self._replay is not None:
@@ -97,10 +102,11 @@ class Hosting:
         return answer
 
     def joint_step(
-        self, batches: Sequence[Received], samples: float, progress: float, summed: Summed
+        self, batches: Sequence[Received], samples: float, progress: float, summed: Summed, most: int = 0
     ) -> list[Answer]:
         """One step that these batches, none maybe, and those at other places make together; what it answers
-        these. samples: of all. progress: the same at all places. summed: sums over the places.
+        these. samples: of all. progress: the same at all places. summed: sums over the places. most: batches
+        at the place that has most.
 
         Raises as `step` does, at all places.
         """
@@ -111,7 +117,7 @@ class Hosting:
 
         def rule() -> Answer:
             assert self._joint is not None
-            answers.extend(self._joint.step(self._method.server_step, seen, samples, summed))
+            answers.extend(self._joint.step(self._method.server_step, seen, samples, summed, most))
             return Answer(None)
 
         if self._attempt(progress, rule).skipped:
@@ -123,6 +129,27 @@ class Hosting:
         """The part as the mean of those of all places, each with its share of the samples behind them."""
         (part,) = self.parts
         mean_over_places(part, share, summed)
+
+    def divide(self, divided: "Divided") -> None:
+        """The part lies divided over several places from now on: steps and scores are made by all of them, as
+        often by each."""
+        self._joint = self._divided = divided
+        self._device = divided.device
+        self._guards = [Guard(divided.slices, divided.summed)]
+
+    def put_together(self, wanted: bool) -> None:
+        """By all places: has the part whole, as it is now, for those where that is wanted."""
+        if self._divided:
+            self._divided.put_together(wanted)
+
+    def state_of(self, part: ServerPart) -> State:
+        """As the function; of a divided part as it was last put together."""
+        return self._divided.whole if self._divided else state_of(part)
+
+    def accompany(self) -> None:
+        """What another place scores, its part of the network's way, with nothing here to be scored."""
+        assert self._divided is not None, "else each place scores alone"
+        self.output(self._divided.noise().z)
 
     @property
     def can_replay(self) -> bool:

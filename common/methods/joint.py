@@ -32,25 +32,31 @@ class Joint:
         self._counters = [buffer for buffer in buffers if not buffer.is_floating_point()]
 
     def step(
-        self, rule: ServerStep, batches: Sequence[Received], samples: float, summed: Summed
+        self, rule: ServerStep, batches: Sequence[Received], samples: float, summed: Summed, most: int = 0
     ) -> list[Answer]:
         """What the rule answers each of the batches that lie here, none maybe, of those with so many samples
-        in all. Raises NonFiniteError, at every place, if anything anywhere is not finite."""
-        shapes = [*self._weights, *self._statistics]
+        in all. most: batches at the place that has most of them.
+
+        Raises NonFiniteError, at every place, if anything anywhere is not finite.
+        """
+        return self._step(rule, [(batch, len(batch.z) / samples) for batch in batches], summed)
+
+    def _step(
+        self, rule: ServerStep, batches: Sequence[tuple[Received, float]], summed: Summed
+    ) -> list[Answer]:
+        """batches: each with its share of the step."""
+        shapes = [*self._apart(), *self._statistics]
         # One tensor for one sum: gradients, statistics, which weights have a gradient, what is not finite.
-        flat = torch.zeros(sum(t.numel() for t in shapes) + len(self._weights) + 1, device=_device(shapes))
+        flat = torch.zeros(sum(t.numel() for t in shapes) + len(self._weights) + 1, device=self.device)
         *views, marks = flat.split([*(t.numel() for t in shapes), len(self._weights) + 1])
-        gradients, statistics = views[: len(self._weights)], views[len(self._weights) :]
+        gradients = self._zeros(views[: len(self._apart())])
+        statistics = views[len(self._apart()) :]
         before = [buffer.clone() for buffer in (*self._statistics, *self._counters)]
         answers, has = [], [0.0] * len(self._weights)
         bad = torch.zeros((), device=flat.device)
-        for batch in batches:
-            share = len(batch.z) / samples
-            answer = rule(self._part, [batch])
-            for index, weight in enumerate(self._weights):
-                if weight.grad is not None:
-                    gradients[index].add_(weight.grad.reshape(-1), alpha=share)
-                    has[index] = 1.0
+        for batch, share in batches:
+            answer = self._add(rule, batch, share, gradients)
+            has = [max(of, float(w.grad is not None)) for of, w in zip(has, self._weights, strict=True)]
             for view, buffer in zip(statistics, self._statistics, strict=True):
                 view.add_(buffer.reshape(-1), alpha=share)
             for buffer, was in zip((*self._statistics, *self._counters), before, strict=True):
@@ -65,14 +71,35 @@ class Joint:
         *has, broken = marks.tolist()  # read together: on a GPU the host waits once
         if broken:
             raise NonFiniteError("a loss or a gradient is not finite")
-        for index, weight in enumerate(self._weights):
-            weight.grad = gradients[index].view_as(weight) if has[index] else None
+        for weight, gradient, some in zip(self._weights, gradients, has, strict=True):
+            weight.grad = gradient.view_as(weight) if some else None
         for view, buffer in zip(statistics, self._statistics, strict=True):
             buffer.copy_(view.view_as(buffer))
         for buffer in self._counters:
             buffer += 1
         self._real.step()
         return answers
+
+    def _apart(self) -> Sequence[Tensor]:
+        """The weights whose gradients each place has of its own batches only."""
+        return self._weights
+
+    def _zeros(self, views: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Where the gradients are added up; views: of what travels."""
+        return views
+
+    def _add(self, rule: ServerStep, batch: Received, share: float, gradients: Sequence[Tensor]) -> Answer:
+        """What the rule answers the batch, its share of the gradients added."""
+        answer = rule(self._part, [batch])
+        for gradient, weight in zip(gradients, self._weights, strict=True):
+            if weight.grad is not None:
+                gradient.add_(weight.grad.reshape(-1), alpha=share)
+        return answer
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self._weights[0].device
+        return device
 
 
 def mean_over_places(part: ServerPart, share: float, summed: Summed) -> None:
@@ -93,7 +120,3 @@ class _Still(Optimizer):
         super().__init__([{"params": list(weights)}], {})
 
     def step(self, closure: Any = None) -> Any: ...
-
-
-def _device(tensors: Sequence[Tensor]) -> torch.device:
-    return next(iter(tensors)).device
