@@ -175,7 +175,9 @@ def test_the_weights_are_those_of_a_run_that_nothing_befell(
     ids=" ".join,
 )
 def test_a_rank_is_killed_whatever_it_was_about(start: Start, tmp_path: Path, flags: list[str]) -> None:
-    ended(start, tmp_path / "killed", *flags, kill=len(flags) % 2)
+    kill = len(flags) % 2
+    log = ended(start, tmp_path / "killed", *flags, kill=kill)
+    assert re.search(rf"dsl-server: error: rank {kill} was lost in tick \d+: ", log), log
     summary = json.loads((tmp_path / "killed/run/summary.json").read_text())
     sent = 6 * 600 if "cse-fsl" not in flags else 6 * 2 * 128
     assert summary["samples_trained"] == sent
