@@ -227,12 +227,14 @@ class Inbox:
             self._changed.notify_all()
 
     def _taken(self, client: int) -> Item:
-        """What comes next in this client's lane; who waits for room in it is told."""
+        """What comes next in this client's lane. Who waits for room in it is told when the trainer is given
+        what was taken: a tick's clients would all at once be in the trainer's way at the lock."""
         lane = self._lanes[client]
         item = lane.popleft()
         if not lane:
             self._filled.discard(client)
-        self._room[client].notify_all()
+        if isinstance(item, EpochEnd):
+            self._room[client].notify_all()
         return item
 
     def owe(self, client: int) -> None:
@@ -329,9 +331,10 @@ class Inbox:
                     return None
                 self._tick.extend(self._in_order() if self._fixed_order else self._as_they_come())
             self._served = self._tick.popleft()
-            for job in answered(self._served):
-                if isinstance(job, Job):
-                    (self._astray.discard if job.waypoint else self._astray.add)(job.client)
+            for item in answered(self._served):
+                self._room[item.client].notify_all()
+                if isinstance(item, Job):
+                    (self._astray.discard if item.waypoint else self._astray.add)(item.client)
             return self._served
 
     def _wait_for_owed(self) -> None:

@@ -71,11 +71,12 @@ class Rounds:
         self._relayed: State = {}
         self._closed: ClosedError | None = None
         self._draining: ClosedError | None = None
-        # One lock. Who waits for something of one client waits on that client's condition, and each batch
-        # wakes nobody else; who waits for the run as a whole waits on `_changed`.
+        # One lock, and conditions for those who wait: for what a client does next, which is all that a batch
+        # wakes; for what becomes of a client, as long as it is a member; and for the run as a whole.
         lock = threading.RLock()
+        self._moved = [threading.Condition(lock) for _ in range(run.clients)]
+        self._fate = [threading.Condition(lock) for _ in range(run.clients)]
         self._changed = threading.Condition(lock)
-        self._of = [threading.Condition(lock) for _ in range(run.clients)]
 
     def share(self, first_named: Named) -> None:
         """There are clients elsewhere, too: averages are made with theirs (`given`, `averaged`). first_named:
@@ -99,7 +100,7 @@ class Rounds:
             self._wake(account.client)  # who speaks for an earlier session of it
             member = Member(account, account.session)
             if idle:
-                self._of[member.client].wait_for(
+                self._moved[member.client].wait_for(
                     lambda: self._over(member) or account.client not in self._receiving
                 )
                 self._check_open(member)
@@ -221,7 +222,8 @@ class Rounds:
         def floor() -> int:
             return self._floors.get(member.client, 0)
 
-        self._wait_for(lambda: member.account.left or floor() > known, member)
+        fate = self._fate[member.client]
+        self._wait_for(fate, lambda: member.account.left or floor() > known, member)
         return None if member.account.left else floor()
 
     def keep_from(self, floors: dict[int, int], places: Collection[int]) -> None:
@@ -230,7 +232,8 @@ class Rounds:
         with self._changed:
             self._floors = floors
             self._saved |= set(places)
-            self._wake_all()
+            for fate in self._fate:
+                fate.notify_all()
 
     def is_saved(self, member: Member) -> bool:
         """Whether the member has its place also when the server starts anew."""
@@ -239,7 +242,7 @@ class Rounds:
 
     def wait_until_finished(self, timeout: float | None = None) -> bool:
         """Whether every place was taken and all have gone. Raises the reason if the run ends before."""
-        return self._wait_for(self._finished, timeout=timeout)
+        return self._wait_for(self._changed, self._finished, timeout=timeout)
 
     def begin_segment(self, member: Member, first_sequence: int) -> None:
         """From now on the member's batches come by this call. Waits for the one before it.
@@ -248,7 +251,7 @@ class Rounds:
         """
         with self._changed:
             self._wait_until_received(member, first_sequence - 1)
-            self._of[member.client].wait_for(
+            self._moved[member.client].wait_for(
                 lambda: self._over(member) or member.client not in self._receiving
             )
             self._check_open(member)
@@ -258,12 +261,12 @@ class Rounds:
                 raise RefusedError(f"{member} has left")
             self._expect_at_most(member, first_sequence)
             self._receiving.add(member.client)
-            self._wake(member.client)
+            self._moved[member.client].notify_all()
 
     def end_segment(self, member: Member) -> None:
         with self._changed:
             self._receiving.discard(member.client)
-            self._wake(member.client)
+            self._moved[member.client].notify_all()
 
     def is_receiving(self, member: Member) -> bool:
         with self._changed:
@@ -293,7 +296,7 @@ class Rounds:
         """The batch lies in the client's lane: what comes now comes after it."""
         with self._changed:
             self.ledger.of(client).laid = mark.sequence
-            self._wake(client)
+            self._moved[client].notify_all()
 
     def give_back(self, client: int) -> None:
         """What came of this client and could not be applied is due again."""
@@ -304,12 +307,14 @@ class Rounds:
         """The server's part has learned of this client's batches up to the mark."""
         with self._changed:
             self.ledger.apply(self.ledger.of(client), mark)
-            self._wake(client)
+            self._moved[client].notify_all()
 
     def wait_until_applied(self, client: int, sequence: int) -> None:
         """Until the server's part has learned of this client's batch of that number. Raises why it cannot."""
         account = self.ledger.of(client)
-        self._wait_for(lambda: account.applied.sequence >= sequence or bool(account.lost), client=client)
+        self._wait_for(
+            self._moved[client], lambda: account.applied.sequence >= sequence or bool(account.lost)
+        )
         if account.applied.sequence < sequence:
             raise ClosedError(account.lost)
 
@@ -346,7 +351,8 @@ class Rounds:
             self._parts[member.client] = (part, samples)
             self._wake_givers()
             with self._waits_for_others(member):
-                self._wait_for(lambda: self._averages_made > number or self._is_complete(), member)
+                made = self._moved[member.client]
+                self._wait_for(made, lambda: self._averages_made > number or self._is_complete(), member)
             if self._averages_made == number:  # the first to wake makes it for all
                 self._average = self._mean() or self._average
                 self._on_average(epoch, {client: n for client, (_, n) in self._parts.items() if n})
@@ -379,7 +385,7 @@ class Rounds:
     def _made(self) -> None:
         self._averages_made += 1
         for client in self._parts:
-            self._wake(client)
+            self._moved[client].notify_all()
         self._parts.clear()
 
     def _is_complete(self) -> bool:
@@ -394,7 +400,7 @@ class Rounds:
             if epoch >= self._run.epochs or self._turn <= turn - self._run.clients:
                 raise WireError(f"{member}: its turn of epoch {epoch} cannot come before the one that is due")
         with self._waits_for_others(member):
-            self._wait_for(lambda: self._turn >= turn, member)
+            self._wait_for(self._moved[member.client], lambda: self._turn >= turn, member)
         if self._turn != turn:
             raise WireError(f"{member}: its turn of epoch {epoch} is over")
         return self._relayed
@@ -410,7 +416,7 @@ class Rounds:
                 raise WireError(f"{member}: it is not its turn")
             self._relayed = part
             self._turn += 1
-            self._wake(self._turn % self._run.clients)
+            self._moved[self._turn % self._run.clients].notify_all()
 
     @contextmanager
     def still(self) -> Iterator[None]:
@@ -459,8 +465,8 @@ class Rounds:
         while member.account.laid < sequence:
             self._check_open(member)
             if receiving():
-                self._of[member.client].wait()
-            elif not self._of[member.client].wait_for(moved, PATIENCE_S):
+                self._moved[member.client].wait()
+            elif not self._moved[member.client].wait_for(moved, PATIENCE_S):
                 return
         self._check_open(member)
 
@@ -480,9 +486,9 @@ class Rounds:
         return all(client in self._parts or client in gone for client in self.ledger.places)
 
     def _wake(self, client: int) -> None:
-        """Whoever waits for something of this client; and for the run."""
-        self._of[client].notify_all()
-        self._changed.notify_all()
+        """Whoever waits for anything of this client; and for the run."""
+        for changed in (self._moved[client], self._fate[client], self._changed):
+            changed.notify_all()
 
     def _wake_all(self) -> None:
         for client in range(self._run.clients):
@@ -492,7 +498,7 @@ class Rounds:
         """Those that wait for the average, once it can be made."""
         if self._parts and self._is_complete():
             for client in self._parts:
-                self._wake(client)
+                self._moved[client].notify_all()
 
     def _finished(self) -> bool:
         places_taken = len(self.ledger.accounts) == len(self.ledger.places)
@@ -500,15 +506,13 @@ class Rounds:
 
     def _wait_for(
         self,
+        changed: threading.Condition,
         condition: Callable[[], bool],
         member: Member | None = None,
         timeout: float | None = None,
-        client: int | None = None,
     ) -> bool:
-        """client: whose it is that is waited for; the member, where there is one, else the run."""
-        client = member.client if member else client
-        with self._changed:
-            changed = self._changed if client is None else self._of[client]
+        """Raises why there is nothing left to wait for, for anyone or for this member."""
+        with changed:
             came = changed.wait_for(lambda: self._over(member) or condition(), timeout)
             if not condition():
                 self._check_open(member)

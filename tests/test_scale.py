@@ -26,6 +26,7 @@ from common.wire import split_learning_pb2 as pb
 from common.wire.options import SLACK_BYTES, read_ahead, server_options
 from common.wire.pieces import PIECE_BYTES
 from dsl_server import room, server
+from dsl_server.inbox import Errand, Inbox
 from dsl_server.kernel import Sockets
 from dsl_server.ledger import Ledger, Newcomer
 from dsl_server.rounds import Member, Rounds
@@ -93,32 +94,62 @@ def test_a_client_that_says_nothing_costs_the_server_less_than_a_megabyte(tmp_pa
     assert grown / (many - few) < 1e6
 
 
-def test_a_batch_wakes_nobody_but_its_own_client(monkeypatch: pytest.MonkeyPatch) -> None:
-    clients = 30
+def test_a_batch_wakes_nobody_who_waits_for_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not its client's Join either, nor who waits for the end of the run: each that wakes stands in the way
+    of the others at Python's lock."""
+    clients, me = 30, threading.get_ident()
     rounds = Rounds(Run(clients=clients))
     there = [rounds.join(Newcomer(f"client-{n}")) for n in range(clients)]
-    looked = Counter[int]()
+    looked = Counter[int]()  # by thread
     over = Rounds._over
 
     def counted(self: Rounds, member: Member | None) -> Any:
-        if member is not None:
-            looked[member.client] += 1
+        looked[threading.get_ident()] += 1
         return over(self, member)
 
     monkeypatch.setattr(Rounds, "_over", counted)
     waiting = [in_thread(rounds.next_durable, member, 0) for member in there]
-    wait_for(lambda: len(looked) == clients)
+    end = in_thread(rounds.wait_until_finished)
+    wait_for(lambda: len(looked) == clients + 1)
     looked.clear()
     for sequence in range(1, 51):
         mark = rounds.receive(there[0], sequence, 1, 0, False)
         assert mark is not None
         rounds.laid(0, mark)
         rounds.apply(0, mark)
-    wait_for(lambda: looked[0] > 50)
-    assert set(looked) == {0}
+    assert looked[me] >= 50
+    time.sleep(0.1)  # for those who should not have been woken
+    assert set(looked) == {me}
+    rounds.keep_from({0: 50}, range(clients))
+    assert waiting[0].result(timeout=10) == 50, "what becomes of its batches it is told"
     for member in there:
         rounds.leave(member)
-    assert [each.result(timeout=10) for each in waiting] == [None] * clients
+    assert [each.result(timeout=10) for each in waiting[1:]] == [None] * (clients - 1)
+    assert end.result(timeout=10)
+
+
+def test_a_tick_of_many_clients_lets_them_on_one_after_the_other() -> None:
+    clients = 20
+    inbox, going_on = Inbox(clients, depth=1, fixed_order=False), list[int]()
+
+    def two(client: int) -> None:
+        for _ in range(2):
+            inbox.put(Errand(client, "", lambda _: None))
+        going_on.append(client)
+
+    waiting = [in_thread(two, client) for client in range(clients)]
+    wait_for(lambda: len(inbox._filled) == clients)
+    served = list[int]()
+    for work in inbox:
+        assert isinstance(work, Errand)
+        served.append(work.client)
+        wait_for(lambda: len(going_on) >= min(len(served), clients))
+        assert set(going_on) == set(served[:clients]), "who has been served, and nobody else"
+        if len(served) == clients:
+            break
+    assert sorted(served) == list(range(clients))
+    for each in waiting:
+        each.result(timeout=10)
 
 
 # ---------------------------------------------------------------- what it admits

@@ -19,16 +19,14 @@ from pathlib import Path
 
 from benchmarks.scale import measure, report
 from benchmarks.scale.measure import Row
-from benchmarks.scale.net import SAMPLE_BYTES
 from benchmarks.scale.serve import LOOP, REAL, THREADS
 from common.limits import allow_files
-from dsl_server.room import memory_warning
 
 HERE = Path(__file__).parent
 FRONTS = (REAL, THREADS, LOOP)
 OTHER_FILES = 200
 SMALL, LARGE = 1, 128  # samples of 64 KiB
-TOGETHER = 64  # streams up to which large batches are sent to all three in turn: their memory is tripled
+FEW = 64  # streams up to which large batches are sent: all three servers have room for them at once
 RESNET = {"model": "resnet8", "split": "1", "cut": ""}
 VARIANTS: Sequence[Row] = (
     {"front": REAL, "arm": "small step"},
@@ -39,18 +37,11 @@ VARIANTS: Sequence[Row] = (
 VARIANT_STREAMS = 64
 
 
-def fits(streams: int) -> bool:
-    return not memory_warning(streams, 2, LARGE * SAMPLE_BYTES)
-
-
 def measured(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
     for streams in options.streams:
         seconds = options.seconds * max(1.0, streams / 256)
-        sizes = [SMALL, LARGE] if streams <= TOGETHER else [SMALL]
+        sizes = [SMALL, LARGE] if streams <= FEW else [SMALL]
         yield from compared([{"front": front} for front in FRONTS], streams, sizes, seconds, options, folder)
-        if streams > TOGETHER and fits(streams):
-            seconds = options.seconds * streams / 32  # each is to send some
-            yield from compared([{"front": REAL}], streams, [LARGE], seconds, options, folder, rounds=1)
     if not options.no_variants:
         yield from compared(VARIANTS, VARIANT_STREAMS, [SMALL], options.seconds, options, folder)
 
@@ -62,13 +53,12 @@ def compared(
     seconds: float,
     options: argparse.Namespace,
     folder: Path,
-    rounds: int = 0,
 ) -> Iterator[Row]:
     """Rows of these arms, interleaved."""
     with measure.running(arms, streams, folder) as (servers, loads):
         yield from measure.join_all(servers, loads, streams)
         for size in sizes:
-            for _ in range(rounds or options.rounds):
+            for _ in range(options.rounds):
                 for index, server in enumerate(servers):
                     yield measure.interval(server, index, loads, streams, size, seconds)
 

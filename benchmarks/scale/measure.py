@@ -16,6 +16,7 @@ from benchmarks.scale.net import SAMPLE_BYTES
 from benchmarks.scale.serve import Applied
 
 LOADS = 2  # processes of senders
+WARMUP_S = 30.0
 DRAIN_S = 240.0  # for what is under way to be learned from, after an interval
 _TICKS = os.sysconf("SC_CLK_TCK")
 _SPAWN = multiprocessing.get_context("spawn")
@@ -138,11 +139,11 @@ def join_all(servers: Sequence[Server], loads: Sequence[Process], streams: int) 
 def interval(
     server: Server, index: int, loads: Sequence[Process], streams: int, samples: int, seconds: float
 ) -> Row:
-    """What one server does in so many seconds, once it has been at it for a third of them."""
+    """What one server does in so many seconds, once it has learned from a batch of each client."""
     server.applied()
     for each in loads:
         each.pipe.send(("go", index, samples))
-    time.sleep(seconds / 3)
+    warmup = _first_of_each(server, streams)
     residents = [server.resident()]
     start, cpu, loads_cpu = time.monotonic(), server.cpu_s(), sum(each.cpu_s() for each in loads)
     while (now := time.monotonic()) < start + seconds:
@@ -153,7 +154,7 @@ def interval(
     for each in loads:
         each.pipe.send(("stop",))
     sent = {(client, number): at for each in loads for client, number, at in each.answer()}
-    applied = _drained(server, len(sent))
+    applied = _drained(server, len(sent), warmup)
     inside = [(client, number, at) for client, number, at in applied if start <= at < end]
     batches, size = len(inside), samples * SAMPLE_BYTES
     each_ = Counter(client for client, _, _ in inside)
@@ -184,9 +185,19 @@ def interval(
     }
 
 
-def _drained(server: Server, sent: int) -> list[Applied]:
-    """All that was sent, once it is applied."""
-    applied, until = server.applied(), time.monotonic() + DRAIN_S
+def _first_of_each(server: Server, streams: int) -> list[Applied]:
+    """What was learned from until there was a batch of each client, or for too long."""
+    applied, until = server.applied(), time.monotonic() + WARMUP_S
+    while len({client for client, _, _ in applied}) < streams and time.monotonic() < until:
+        time.sleep(0.05)
+        applied += server.applied()
+    return applied
+
+
+def _drained(server: Server, sent: int, applied: list[Applied]) -> list[Applied]:
+    """All that was sent, once it is applied; of which this was before."""
+    until = time.monotonic() + DRAIN_S
+    applied = applied + server.applied()
     while len(applied) < sent and time.monotonic() < until:
         time.sleep(0.1)
         applied += server.applied()
