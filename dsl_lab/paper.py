@@ -121,7 +121,8 @@ def experiments(options: Paper, out: Path) -> list[Experiment]:
 def _all_settings(options: Paper) -> Iterator[dict[str, Setting]]:
     scale = SCALES[options.scale]
     limits = {"train_limit": options.train_limit, "test_limit": options.test_limit, "head": options.head}
-    common = {**scale.settings, **{key: value for key, value in limits.items() if value is not None}}
+    narrowed = {key: value for key, value in limits.items() if value is not None}
+    common: dict[str, Setting] = {**scale.settings, **narrowed, "measure_memory": True}
     epochs = scale.epochs if options.epochs is None else options.epochs
     every = product(
         _once("--seeds", options.seeds),

@@ -26,7 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from common.errors import ClosedError, ConfigError, LostRankError, StaleError
 
-MEETING_S = 60.0  # for the ranks to start, at least
+MEETING_S = 600.0  # for the ranks to start: one may have to fetch its image first
 GRACE_S = 3.0  # for the others to say that they live, when one is lost
 
 
@@ -118,13 +118,13 @@ class Ranks:
     def met(cls, device: torch.device, timeout: float) -> "Ranks":
         """As torchrun's environment says. Raises ConfigError where the others do not come."""
         try:
-            store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
+            store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=MEETING_S)))
         except (RuntimeError, ValueError) as error:
             raise ConfigError(
                 f"the ranks cannot meet at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: "
                 f"{_line(error)}; start the server by torchrun"
             ) from error
-        return cls(afresh(store, rank, size, max(timeout, MEETING_S)), rank, size, device, timeout)
+        return cls(afresh(store, rank, size, MEETING_S), rank, size, device, timeout)
 
     @property
     def first(self) -> bool:
@@ -238,9 +238,13 @@ class Ranks:
         """Once all have come to their end: `close`, when none of them still reads what this one has sent."""
         self.note(f"ended/{self.rank}", "")
         end = time.monotonic() + GRACE_S
-        while time.monotonic() < end and None in [self.noted(f"ended/{rank}") for rank in range(self.size)]:
-            time.sleep(0.01)
+        with suppress(LostRankError):  # the first rank may have the board, and have ended by now
+            while time.monotonic() < end and not all(self._has_ended(rank) for rank in range(self.size)):
+                time.sleep(0.01)
         self.close()
+
+    def _has_ended(self, rank: int) -> bool:
+        return self.noted(f"ended/{rank}") is not None
 
     def close(self) -> None:
         """From now on there are no others."""

@@ -142,15 +142,19 @@ def test_a_container_begins_a_run_goes_on_with_it_and_lets_it_be(serve: Any) -> 
 
 @pytest.fixture
 def ranks(tmp_path: Path) -> Any:
-    """Calls ranks.sh as in the pod of an index, beside a dsl_server that only says which rank it is."""
-    (tmp_path / "dsl_server").mkdir()
-    (tmp_path / "dsl_server" / "__init__.py").touch()
-    (tmp_path / "dsl_server" / "__main__.py").write_text(
-        "import os, sys\n"
-        "facts = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR')\n"
-        "print(*(os.environ[fact] for fact in facts), *sys.argv[1:])\n"
+    """Calls ranks.sh as in the pod of an index, with a dsl-server that only meets the others."""
+    (tmp_path / "dsl-server").write_text(
+        f"#!{sys.executable}\n"
+        "import sys\n"
+        "if '--wrong' in sys.argv:\n"
+        "    sys.exit(2)\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import torch\n"
+        "from dsl_server.ranks import Ranks\n"
+        "ranks = Ranks.met(torch.device('cpu'), 30.0)\n"
+        "print(ranks.rank, ranks.size, *sys.argv[1:])\n"
+        "ranks.end()\n"
     )
-    (tmp_path / "dsl-server").write_text('#!/bin/sh\ncase "$*" in *--wrong*) exit 2 ;; esac\n')
     (tmp_path / "dsl-server").chmod(0o755)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -163,7 +167,6 @@ def ranks(tmp_path: Path) -> Any:
             "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
             "JOB_COMPLETION_INDEX": str(index),
             "RANKS": "2",
-            "RANK_NAME": f"127.0.0.{index + 1}",  # each its own, and both are this machine
             "MEETING": f"127.0.0.1:{port}",
             "RUN_FOLDER": str(tmp_path / f"{index}" / "run"),
             "FIRST_FOLDER": str(tmp_path / "0" / "run"),
@@ -193,7 +196,7 @@ def test_a_pod_s_index_is_its_rank_whoever_comes_first(ranks: Any, tmp_path: Pat
         said, _ = process.communicate(timeout=50)
         assert process.returncode == 0, said
         folder = tmp_path / str(index) / "run"
-        assert said.splitlines()[-1] == f"{index} 2 0 127.0.0.1 --epochs 3 --resume {folder}"
+        assert said.splitlines()[-1] == f"{index} 2 --epochs 3 --resume {folder}"
 
 
 def test_a_rank_of_a_run_that_is_over_ends_and_wrong_settings_end_with_2(ranks: Any, tmp_path: Path) -> None:
@@ -353,7 +356,6 @@ def test_the_ranks_meet_and_are_found_by_names_that_there_are(rank: dict[str, An
     assert names["selector"].items() <= rank["job"]["template"]["metadata"]["labels"].items()
     each = f"dsl-server-$(JOB_COMPLETION_INDEX).{domain}"
     ports = {port["name"]: port["containerPort"] for port in rank["server"]["ports"]}
-    assert rank["told"]["RANK_NAME"] == each
     assert f"--advertise={each}:{ports['grpc']}" in rank["server"]["args"]
     assert rank["told"]["MEETING"] == f"dsl-server-0.{domain}:{ports['meeting']}"
     assert {port["port"] for port in names["ports"]} == {ports["grpc"], ports["meeting"]}

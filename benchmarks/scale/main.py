@@ -39,7 +39,7 @@ VARIANT_STREAMS = 64
 
 def measured(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
     for streams in options.streams:
-        seconds = options.seconds * max(1.0, streams / 256)
+        seconds = options.seconds * max(1.0, streams / 100)  # so that each client has some batches
         sizes = [SMALL, LARGE] if streams <= FEW else [SMALL]
         yield from compared([{"front": front} for front in FRONTS], streams, sizes, seconds, options, folder)
     if not options.no_variants:

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from common.errors import ConfigError
 from common.methods.base import Answer, Received, ServerPart, ServerStep
 from common.methods.joint import Joint, Summed
 from common.parts import State, state_of
@@ -84,7 +85,9 @@ class Divided(Joint):
 
 
 def _divide(part: ServerPart, places: DeviceMesh) -> None:
-    """Weights and momentum, in place."""
+    """Weights and momentum, in place. Raises ConfigError where torch cannot do it so."""
+    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        raise ConfigError(f"--fsdp: torch {torch.__version__} is too old for it; install a newer one")
     (group,) = part.optimizer.param_groups
     before: list[nn.Parameter] = group["params"]
     state_of(part)  # so that there is momentum
