@@ -6,11 +6,13 @@ Read here by plain `json`, and written as numbers by this file's own hand.
 import csv
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from common.run import Run
 from dsl_lab import report, table
 from dsl_lab.runs import find
 from tests.finished import counted, make
@@ -45,7 +47,18 @@ def cells(summary: Any) -> list[str]:
         f"{summary['seconds']['wall']:,.1f}",
         f"{peak['client'] / 1024 / 1024:,.1f}",
         f"{peak['server'] / 1024 / 1024:,.1f}",
+        *tensors(summary),
     ]
+
+
+def tensors(summary: Any) -> list[str]:
+    """Of runs that counted them: at the client, at the server, held while it waits, in one process."""
+    if not (memory := summary.get("memory")):
+        return []
+    crossing = 4 * Run().batch_size * math.prod(summary["cut_shape"])
+    together = memory["held"] + memory["server"] - crossing if memory["held"] else memory["server"]
+    counts = [*(memory[key] for key in ("client", "server", "held")), max(memory["client"], together)]
+    return [f"{count / 1024 / 1024:,.1f}" for count in counts]
 
 
 def mb(count: int) -> str:
