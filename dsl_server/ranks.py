@@ -237,14 +237,10 @@ class Ranks:
     def end(self) -> None:
         """Once all have come to their end: `close`, when none of them still reads what this one has sent."""
         self.note(f"ended/{self.rank}", "")
-        end = time.monotonic() + GRACE_S
-        with suppress(LostRankError):  # the first rank may have the board, and have ended by now
-            while time.monotonic() < end and not all(self._has_ended(rank) for rank in range(self.size)):
-                time.sleep(0.01)
+        # They may take longer; and the first rank may have the board, and be gone with it.
+        with suppress(LostRankError), _board():
+            self._board.wait([f"ended/{rank}" for rank in range(self.size)], timedelta(seconds=GRACE_S))
         self.close()
-
-    def _has_ended(self, rank: int) -> bool:
-        return self.noted(f"ended/{rank}") is not None
 
     def close(self) -> None:
         """From now on there are no others."""
@@ -260,7 +256,6 @@ class Ranks:
         try:
             made()
         except RuntimeError as error:
-            self.in_doubt = True
             raise self._why(error) from None
 
     @contextmanager
@@ -271,12 +266,12 @@ class Ranks:
         except RuntimeError as error:
             # gloo raises nothing of its own, but names its source.
             if isinstance(error, dist.DistError) or "gloo/" in str(error):
-                self.in_doubt = True
                 raise self._why(error) from None
             raise
 
     def _why(self, error: RuntimeError) -> ClosedError:
         """What has become of the others: their own reason, or who of them is silent."""
+        self.in_doubt = True
         self.note(f"alive/{self.rank}", "")
         self.close()  # so that those who wait for this one learn of it, and say that they live
         others = [rank for rank in range(self.size) if rank != self.rank]

@@ -323,7 +323,7 @@ class Server:
 
         y = torch.zeros(spec.label_shape(2), dtype=torch.float32 if spec.numbers else torch.int64)
         like = Received(torch.zeros(2, *spec.cut_shape), y, client=0, progress=0.0)
-        self.hosting.divide(Divided(self.part, ranks.mesh(), ranks.sum, like))
+        self.hosting.divide(Divided(self.part, ranks.mesh(), like), ranks.sum)
 
     def _ticks(
         self, ranks: Ranks, pace: Pace, own: Sequence[int], part_specs: Mapping[str, Spec]

@@ -82,7 +82,7 @@ def divided(meeting: Meeting, folder: str) -> None:
             told(hosting, [batch(500, 8)], [batch(500, 8)], lambda _: None, 1)
         (part,) = ours.parts
         total = sum(weight.numel() for weight in part.top.parameters())
-        ours.divide(Divided(part, ranks.mesh(), ranks.sum, batch(0, 2)))
+        ours.divide(Divided(part, ranks.mesh(), batch(0, 2)), ranks.sum)
         slices = [weight for weight in part.top.parameters() if isinstance(weight, DTensor)]
         facts[f"{opaque} share"] = sum(weight.to_local().numel() for weight in slices) / total
         gaps = []

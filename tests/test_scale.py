@@ -29,7 +29,7 @@ from dsl_server import room, server
 from dsl_server.inbox import Errand, Inbox
 from dsl_server.kernel import Sockets
 from dsl_server.ledger import Ledger, Newcomer
-from dsl_server.rounds import Member, Rounds
+from dsl_server.rounds import Rounds
 from tests.federation import CPU, serving, small_run
 from tests.ordinary import Ordinary, smashed
 from tests.programs import programs, serve
@@ -97,29 +97,24 @@ def test_a_client_that_says_nothing_costs_the_server_less_than_a_megabyte(tmp_pa
 def test_a_batch_wakes_nobody_who_waits_for_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not its client's Join either, nor who waits for the end of the run: each that wakes stands in the way
     of the others at Python's lock."""
-    clients, me = 30, threading.get_ident()
+    clients = 30
     rounds = Rounds(Run(clients=clients))
     there = [rounds.join(Newcomer(f"client-{n}")) for n in range(clients)]
-    looked = Counter[int]()  # by thread
-    over = Rounds._over
-
-    def counted(self: Rounds, member: Member | None) -> Any:
-        looked[threading.get_ident()] += 1
-        return over(self, member)
-
-    monkeypatch.setattr(Rounds, "_over", counted)
     waiting = [in_thread(rounds.next_durable, member, 0) for member in there]
     end = in_thread(rounds.wait_until_finished)
-    wait_for(lambda: len(looked) == clients + 1)
-    looked.clear()
+
+    def asleep() -> list[Any]:
+        """Who waits, each by the lock that it waits for: another one if it has been woken meanwhile."""
+        return [lock for each in (*rounds._fate, rounds._changed) for lock in each._waiters]
+
+    wait_for(lambda: len(asleep()) == clients + 1)
+    before = asleep()
     for sequence in range(1, 51):
         mark = rounds.receive(there[0], sequence, 1, 0, False)
         assert mark is not None
         rounds.laid(0, mark)
         rounds.apply(0, mark)
-    assert looked[me] >= 50
-    time.sleep(0.1)  # for those who should not have been woken
-    assert set(looked) == {me}
+        assert asleep() == before
     rounds.keep_from({0: 50}, range(clients))
     assert waiting[0].result(timeout=10) == 50, "what becomes of its batches it is told"
     for member in there:

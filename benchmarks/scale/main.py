@@ -19,11 +19,11 @@ from pathlib import Path
 
 from benchmarks.scale import measure, report
 from benchmarks.scale.measure import Row
-from benchmarks.scale.serve import LOOP, REAL, THREADS
+from benchmarks.scale.report import FRONTS
+from benchmarks.scale.serve import REAL
 from common.limits import allow_files
 
 HERE = Path(__file__).parent
-FRONTS = (REAL, THREADS, LOOP)
 OTHER_FILES = 200
 SMALL, LARGE = 1, 128  # samples of 64 KiB
 FEW = 64  # streams up to which large batches are sent: all three servers have room for them at once

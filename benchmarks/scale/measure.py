@@ -16,7 +16,7 @@ from benchmarks.scale.net import SAMPLE_BYTES
 from benchmarks.scale.serve import Applied
 
 LOADS = 2  # processes of senders
-WARMUP_S = 30.0
+WARMUP_S = 30.0  # for a batch of each client to be learned from, before an interval
 DRAIN_S = 240.0  # for what is under way to be learned from, after an interval
 _TICKS = os.sysconf("SC_CLK_TCK")
 _SPAWN = multiprocessing.get_context("spawn")

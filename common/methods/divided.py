@@ -25,30 +25,29 @@ from common.parts import State, state_of
 
 class Divided(Joint):
     """A part that lies divided over `places`, this one's slices on its device. All places have the same part
-    before. summed: sums over the places. like: a batch such as it learns from, of which noise is made.
+    before. like: a batch such as it learns from, of which noise is made.
 
     A resnetN is put together block by block, another network as a whole.
     """
 
-    def __init__(self, part: ServerPart, places: DeviceMesh, summed: Summed, like: Received) -> None:
+    def __init__(self, part: ServerPart, places: DeviceMesh, like: Received) -> None:
         _divide(part, places)
         super().__init__(part)
-        self.summed = summed
         self.whole: State = {}
-        self._whole_part, self._like = part, like
+        self._own, self._like = part, like
         self._chance = torch.Generator().manual_seed(0)
 
     @property
     def slices(self) -> list[Tensor]:
         """This place's, of weights and momentum; and the buffers, which each place has whole."""
-        state = state_of(self._whole_part).values()
+        state = state_of(self._own).values()
         return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in state]
 
     def put_together(self, wanted: bool) -> None:
         """By all places: `whole` is the part's state, on the host, at those where it is wanted; made a weight
         at a time."""
         self.whole = {}
-        for name, tensor in state_of(self._whole_part).items():
+        for name, tensor in state_of(self._own).items():
             full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if wanted:
                 self.whole[name] = full.detach().to("cpu", copy=True)

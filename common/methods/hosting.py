@@ -130,12 +130,12 @@ class Hosting:
         (part,) = self.parts
         mean_over_places(part, share, summed)
 
-    def divide(self, divided: "Divided") -> None:
+    def divide(self, divided: "Divided", summed: Summed) -> None:
         """The part lies divided over several places from now on: steps and scores are made by all of them, as
         often by each."""
         self._joint = self._divided = divided
         self._device = divided.device
-        self._guards = [Guard(divided.slices, divided.summed)]
+        self._guards = [Guard(divided.slices, summed)]
 
     def put_together(self, wanted: bool) -> None:
         """By all places: has the part whole, as it is now, for those where that is wanted."""
