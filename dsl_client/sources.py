@@ -10,6 +10,7 @@ import gzip
 import io
 import lzma
 import os
+import threading
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -102,8 +103,18 @@ def _npz(path: Path, where: str) -> Raw:
         raise ConfigError(f"{where} cannot be read ({_line(error)}); {_NPZ}") from error
 
 
+# numpy parses each array's header as Python, which before 3.11.8 and 3.12.2 fails now and then with a
+# SystemError where several threads do so (python/cpython#106905), as the clients of one process would.
+_parsing = threading.Lock()
+
+
 def _arrays(file: IO[bytes], where: str) -> Raw:
     """The arrays of ARRAYS or INPUTS and, if it is there, `classes`: the names in label order."""
+    with _parsing:
+        return _parsed(file, where)
+
+
+def _parsed(file: IO[bytes], where: str) -> Raw:
     archive = np.load(file, allow_pickle=False)
     if not isinstance(archive, np.lib.npyio.NpzFile):
         raise ConfigError(f"{where} holds one lone array; {_NPZ}")

@@ -1,13 +1,16 @@
 """The sources, the dealing of samples to clients, the crops and flips, the order of batches."""
 
 import ast
+import gc
 import gzip
 import hashlib
 import pickle
 import struct
 import tarfile
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -210,6 +213,29 @@ def test_a_file_that_is_no_npz_is_refused_by_name(tmp_path: Path, write: Callabl
     write(path)
     with pytest.raises(ConfigError, match=r"x\.npz (cannot be read|holds one lone array).*numpy\.savez"):
         load(f"npz:{path}", RGB32, 10)
+
+
+def test_threads_read_npz_files_at_once(tmp_path: Path) -> None:
+    """In a Python whose parser is not for two threads at once, too: between two objects of what it has parsed
+    the collector may run, and here lets the others on (numpy parses the header of each array)."""
+    sets = {"images": some_images(2, 8, 8), "labels": np.zeros(2, int)}
+    np.savez(
+        tmp_path / "x.npz", **{f"{part}_{key}": x for part in ("train", "test") for key, x in sets.items()}
+    )
+
+    def lets_others_on(*_: object) -> None:
+        time.sleep(0)
+
+    threshold = gc.get_threshold()
+    gc.callbacks.append(lets_others_on)
+    gc.set_threshold(20)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for done in [pool.submit(load, f"npz:{tmp_path}/x.npz", GREY28, 10) for _ in range(400)]:
+                done.result(30)
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(lets_others_on)
 
 
 # -- folder

@@ -136,9 +136,6 @@ def run_of(images: str, method: str, clients: int, **settings: Any) -> Run:
 # ------------------------------------------------------------ the same results
 
 
-# A client of `apart` has failed now and then, but only after many other tests in the same process. `apart`
-# tells of it now. Until it is known why, these are among the slow ones.
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "settings", "rest"),
     [
@@ -221,7 +218,6 @@ def test_a_demo_has_no_more_processes_than_clients() -> None:
         demo(Demo(clients=2, processes=3), Console())
 
 
-@pytest.mark.slow  # as test_replicas_come_to_what_clients_apart_come_to
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_federation_in_threads_may_have_as_few_workers(workers: int, images: str, tmp_path: Path) -> None:
     run = run_of(images, "psl", clients=3)
