@@ -68,7 +68,8 @@ from dsl_server.watch import Watch
 _CALLS_OF_A_CLIENT = 4  # Join, a segment, the one before it that awaits its receipt, and one more
 # Many threads wait for what they hold in turn, Python's lock, and the trainer gives it up at every operation
 # of torch: with Python's own 5 ms before another lets go, 64 clients' threads left it a tenth of its speed.
-SWITCH_S = 0.0002
+# Below a millisecond, those that wait wake up too often only to ask for it once more.
+SWITCH_S = 0.001
 LINGER_S = 10.0  # for clients that may not have heard that they have left, to ask again
 _ANY = ("0.0.0.0", "[::]", "")
 _SPARE_CALLS = 8  # of a connection: health, reflection, clients that are one too many

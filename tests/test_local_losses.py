@@ -203,12 +203,17 @@ def test_without_batchnorm_portions_make_the_step_of_the_whole_batch(portions: i
     assert moved(taken.bottoms, network(norm=False).bottom)
 
 
-def test_batchnorm_sees_a_portion_and_each_moves_its_statistics() -> None:
+def test_batchnorm_sees_a_portion_and_each_moves_its_statistics_by_its_share() -> None:
     run = plain_run("dsl", 1, method_arg=("portions=2",))
     (data,) = shares(run, ALONE)
     ours = trained(run, [data], norm=True)
 
     net = network(norm=True)
+    for norm in (
+        m for part in (net.bottom, net.head) for m in part.modules() if isinstance(m, nn.BatchNorm2d)
+    ):
+        assert norm.momentum == 0.1
+        norm.momentum = 1 - 0.9**0.5  # twice that is once 0.1
     client, server = optimizer_of(run, net.bottom, net.head), optimizer_of(run, net.top)
     for _ in range(run.epochs):
         for x, y in data.epoch(0):

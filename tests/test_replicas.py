@@ -447,9 +447,10 @@ def test_replicas_that_were_killed_come_back_and_each_batch_counts_once(start: S
 
 @pytest.mark.slow
 def test_memory_is_bounded_by_the_workers(start: Start, tmp_path: Path) -> None:
-    """Of each replica more there is less than 2 MiB, where a step holds tens of them."""
+    """Of each replica more there is less than 3 MiB (its threads, its calls, its part), where a step holds tens
+    of them."""
     peaks = []
-    for count in (8, 56):
+    for count in (8, 104):
         server, address = serve(
             start,
             "--clients",
@@ -468,7 +469,7 @@ def test_memory_is_bounded_by_the_workers(start: Start, tmp_path: Path) -> None:
         assert ends(server, 20)[0] == 0
         (told,) = (tmp_path / f"dsl-client-{2 * len(peaks) + 1}").glob("replicas.json")
         peaks.append(json.loads(told.read_text())["peak_bytes"])
-    assert (peaks[1] - peaks[0]) / 48 < 2 * 2**20
+    assert (peaks[1] - peaks[0]) / 96 < 3 * 2**20
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,10 @@ from benchmarks.scale.net import SAMPLE_BYTES
 from benchmarks.scale.serve import Applied
 
 LOADS = 2  # processes of senders
+EACH = (
+    16  # batches of a client in an interval, on average: else one more or less would be taken for unfairness
+)
+LONGEST_S = 60.0  # that an interval may take for so many
 WARMUP_S = 30.0  # for a batch of each client to be learned from, before an interval
 DRAIN_S = 240.0  # for what is under way to be learned from, after an interval
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -137,24 +141,35 @@ def join_all(servers: Sequence[Server], loads: Sequence[Process], streams: int) 
 
 
 def interval(
-    server: Server, index: int, loads: Sequence[Process], streams: int, samples: int, seconds: float
+    server: Server,
+    index: int,
+    loads: Sequence[Process],
+    streams: int,
+    samples: int,
+    seconds: float,
+    least: int = EACH,
 ) -> Row:
-    """What one server does in so many seconds, once it has learned from a batch of each client."""
+    """What one server does, once it has learned from a batch of each client: in so many seconds, or in those
+    that `least` more of each take."""
     server.applied()
     for each in loads:
         each.pipe.send(("go", index, samples))
-    warmup = _first_of_each(server, streams)
+    applied = _first_of_each(server, streams)
+    before = len(applied)
     residents = [server.resident()]
     start, cpu, loads_cpu = time.monotonic(), server.cpu_s(), sum(each.cpu_s() for each in loads)
-    while (now := time.monotonic()) < start + seconds:
-        time.sleep(min(0.25, start + seconds - now))
+    while (since := time.monotonic() - start) < seconds or (
+        len(applied) - before < least * streams and since < LONGEST_S
+    ):
+        time.sleep(0.25)
         residents.append(server.resident())
+        applied += server.applied()
     end, cpu = time.monotonic(), server.cpu_s() - cpu
     loads_cpu = sum(each.cpu_s() for each in loads) - loads_cpu
     for each in loads:
         each.pipe.send(("stop",))
     sent = {(client, number): at for each in loads for client, number, at in each.answer()}
-    applied = _drained(server, len(sent), warmup)
+    applied = _drained(server, len(sent), applied)
     inside = [(client, number, at) for client, number, at in applied if start <= at < end]
     batches, size = len(inside), samples * SAMPLE_BYTES
     each_ = Counter(client for client, _, _ in inside)

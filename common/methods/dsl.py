@@ -11,7 +11,8 @@ which the server's dL/dz comes back; on the others still nothing does. Where the
 again, L is its first module's loss: that of no other has a derivative at the cut.
 
 portions > 1: the client takes its batch in so many portions, one after the other, so that only one's
-activations are held at a time, and makes one step of them all. BatchNorm's statistics are those of a portion.
+activations are held at a time, and makes one step of them all. BatchNorm normalises each portion by its own
+statistics; the running ones move as far in a batch as they would without portions.
 (Who learns from the server's gradient cannot do so: all has to be held until that comes.)
 
 `--client-modules J`, `--server-modules K` cut each end again into modules that learn from heads of their
@@ -21,11 +22,14 @@ learning, Belilovsky et al. 2020, https://arxiv.org/abs/1901.08164).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from common.errors import ConfigError
 from common.methods.base import Answer, ClientPart, Method, Received, ServerPart, Smashed, Step
@@ -77,19 +81,35 @@ def step_in_portions(portions: int, part: ClientPart, x: Tensor, y: Tensor) -> S
     assert part.head is not None, "DSL's client learns from its head"
     part.optimizer.zero_grad()
     sent, losses = list[Tensor](), list[Tensor]()
-    for some, labels in zip(x.chunk(portions), y.chunk(portions), strict=True):
-        share, h = len(some) / len(x), some
-        for layers, head in [*part.inner, (part.outermost, part.head)]:
-            z = layers(h)
-            loss = share * local_loss(head, z, some, labels, part.loss)
-            loss.backward()
-            h = z.detach()
-        sent.append(h)
-        losses.append(loss.detach())
+    pieces = list(zip(x.chunk(portions), y.chunk(portions), strict=True))
+    with _moving_by_shares(part, len(pieces)):
+        for some, labels in pieces:
+            share, h = len(some) / len(x), some
+            for layers, head in [*part.inner, (part.outermost, part.head)]:
+                z = layers(h)
+                loss = share * local_loss(head, z, some, labels, part.loss)
+                loss.backward()
+                h = z.detach()
+            sent.append(h)
+            losses.append(loss.detach())
     yield Smashed(torch.cat(sent), y)  # the wire: nothing comes back
 
     part.optimizer.step()
     return torch.stack(losses).sum()
+
+
+@contextmanager
+def _moving_by_shares(part: ClientPart, portions: int) -> Iterator[None]:
+    """Within it so many portions leave as much of BatchNorm's running statistics as one batch would."""
+    modules = chain.from_iterable(module.modules() for module in part.modules.values())
+    norms = [(m, m.momentum) for m in modules if isinstance(m, _BatchNorm) and m.momentum is not None]
+    for norm, momentum in norms:
+        norm.momentum = 1 - (1 - momentum) ** (1 / portions)
+    try:
+        yield
+    finally:
+        for norm, momentum in norms:
+            norm.momentum = momentum
 
 
 def server_step(part: ServerPart, group: Sequence[Received]) -> Answer:
