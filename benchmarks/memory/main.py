@@ -8,8 +8,8 @@ test images of CIFAR-10, halved to 16 x 16, batch 128, 6 epochs, no augmentation
 (dsl_lab.simulate), which gives the weights of the real system bit for bit.
 
     python benchmarks/memory/main.py                 the four columns, and the frontier's peaks and compute
-    python benchmarks/memory/main.py IMAGES.npz      its accuracies, too: 30 runs of one or two minutes
-    ... [--results runs/memory.jsonl] [--seeds 5] [--rounds 5]
+    python benchmarks/memory/main.py IMAGES.npz      its accuracies, too: 60 runs of one or two minutes
+    ... [--results runs/memory.jsonl] [--seeds 10] [--rounds 5]
 
 What has finished is a line of --results and is not repeated. IMAGES.npz holds train_images (N, 32, 32, 3)
 uint8, train_labels, test_images, test_labels, classes.
@@ -21,7 +21,7 @@ import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from functools import partial
@@ -282,9 +282,16 @@ def table(store: Store, found: Mapping[str, Mapping[str, float]], seeds: int) ->
             f"{client['compute']:.2f}",
             f"{client['with_kernel']:.2f}",
             f"{statistics.mean(each):.3f} ({', '.join(f'{a:.3f}' for a in each)})" if each else "",
-            f"{statistics.mean(less):.2f}" if less else "",
+            _with_error(less),
         ]
         yield f"| {row} | {' | '.join(cells)} |"
+
+
+def _with_error(values: Sequence[float]) -> str:
+    """Their mean and, of several, its standard error."""
+    if len(values) < 2 or not any(values):
+        return f"{statistics.mean(values):.2f}" if values else ""
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values) / len(values) ** 0.5:.2f}"
 
 
 COLOURS = {"CSL": "#D55E00", "gap": "#56B4E9", "mlp": "#009E73", "strided": "#0072B2"}
@@ -354,7 +361,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("images", type=Path, nargs="?", help="an npz file")
     parser.add_argument("--results", type=Path, default=Path("runs/memory.jsonl"))
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", choices=TRAINED, help="train these rows and show nothing")
     options = parser.parse_args()
