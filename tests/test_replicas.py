@@ -447,8 +447,7 @@ def test_replicas_that_were_killed_come_back_and_each_batch_counts_once(start: S
 
 @pytest.mark.slow
 def test_memory_is_bounded_by_the_workers(start: Start, tmp_path: Path) -> None:
-    """Of each replica more there is less than 3 MiB (its threads, its calls, its part), where a step holds tens
-    of them."""
+    """Of each replica more there is less than 3 MiB (threads, calls, its part), where a step holds tens."""
     peaks = []
     for count in (8, 104):
         server, address = serve(
