@@ -80,7 +80,8 @@ def device_of(name: str) -> "torch.device":
 
 
 def run_to_the_end(program: str, body: Callable[[], int]) -> int:
-    """The exit code of the body; an error of ours is told in one line, a signal ends it in order."""
+    """The exit code of the body; an error of ours is told in one line, a signal ends it in order, and so does
+    it if who read its words has gone (`dsl --help | head`)."""
 
     def stop(number: int, _: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)  # the second one ends the process at once
@@ -90,12 +91,19 @@ def run_to_the_end(program: str, body: Callable[[], int]) -> int:
         signal.signal(number, stop)
     try:
         return body()
+    except BrokenPipeError:
+        return 128 + signal.SIGPIPE
     except SplitLearningError as error:
         print(f"{program}: error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except Stopped as stopped:
         print(f"{program}: stopped ({stopped})", file=sys.stderr, flush=True)
         return stopped.exit_code
+    finally:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # else the interpreter would find it at its end, and tell of it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def leave(code: int) -> NoReturn:

@@ -41,3 +41,20 @@ def test_a_program_whose_reader_has_gone_keeps_its_exit_code() -> None:
         assert process.stdout is not None
         process.stdout.close()
         assert process.wait(30) == 65
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("unbuffered", "code"), [({}, 0), ({"PYTHONUNBUFFERED": "1"}, 141)])
+def test_a_help_whose_reader_has_gone_ends_without_a_traceback(unbuffered: dict[str, str], code: int) -> None:
+    """As with `dsl --help | head -1`: when all was said, or in the middle."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "dsl_lab", "--help"]
+    plain = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    try:
+        ended = subprocess.run(
+            command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=50, env=plain | unbuffered
+        )
+    finally:
+        os.close(writer)
+    assert (ended.returncode, ended.stderr) == (code, "")
