@@ -102,7 +102,7 @@ def run_to_the_end(program: str, body: Callable[[], int]) -> int:
     finally:
         try:
             sys.stdout.flush()
-        except BrokenPipeError:  # else the interpreter would find it at its end, and tell of it
+        except OSError:  # nobody reads it; the interpreter would find that at its end, and tell of it
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
