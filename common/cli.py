@@ -80,8 +80,8 @@ def device_of(name: str) -> "torch.device":
 
 
 def run_to_the_end(program: str, body: Callable[[], int]) -> int:
-    """The exit code of the body; an error of ours is told in one line, a signal ends it in order, and so does
-    it if who read its words has gone (`dsl --help | head`)."""
+    """The exit code of the body. An error of ours is told in one line; a signal, or that nobody reads what is
+    printed any more (`dsl --help | head`), ends it in order."""
 
     def stop(number: int, _: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)  # the second one ends the process at once

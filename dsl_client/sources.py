@@ -111,20 +111,16 @@ _parsing = threading.Lock()
 def _arrays(file: IO[bytes], where: str) -> Raw:
     """The arrays of ARRAYS or INPUTS and, if it is there, `classes`: the names in label order."""
     with _parsing:
-        return _parsed(file, where)
-
-
-def _parsed(file: IO[bytes], where: str) -> Raw:
-    archive = np.load(file, allow_pickle=False)
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise ConfigError(f"{where} holds one lone array; {_NPZ}")
-    with archive:
-        wanted = INPUTS if any(key in archive for key in set(INPUTS) - set(ARRAYS)) else ARRAYS
-        missing = [key for key in wanted if key not in archive]
-        if missing:
-            raise ConfigError(f"{where} has no {missing[0]}; {_NPZ}")
-        names = tuple(map(str, np.ravel(archive["classes"]))) if "classes" in archive else ()
-        return Raw(where, {key: archive[key] for key in wanted}, names)
+        archive = np.load(file, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ConfigError(f"{where} holds one lone array; {_NPZ}")
+        with archive:
+            wanted = INPUTS if any(key in archive for key in set(INPUTS) - set(ARRAYS)) else ARRAYS
+            missing = [key for key in wanted if key not in archive]
+            if missing:
+                raise ConfigError(f"{where} has no {missing[0]}; {_NPZ}")
+            names = tuple(map(str, np.ravel(archive["classes"]))) if "classes" in archive else ()
+            return Raw(where, {key: archive[key] for key in wanted}, names)
 
 
 def _folder(path: Path, image: tuple[int, int, int]) -> Raw:

@@ -21,16 +21,8 @@ NOTE = (
 _FREE = frozenset(
     {"name", "method", "split", "clients", "data", "seed", "head", "sync", "recipe", "image", "classes"}
     | {"eval_every", "fixed_order", "deterministic", "outbox", "inbox", "quorum", "round_timeout"}
-    | {
-        "checkpoint_every",
-        "checkpoints",
-        "spool",
-        "lease",
-        "on_nonfinite",
-        "reuse",
-        "replay_on",
-        "measure_memory",
-    }
+    | {"checkpoint_every", "checkpoints", "spool", "lease", "on_nonfinite", "reuse", "replay_on"}
+    | {"measure_memory"}
 )
 _FIXED: Mapping[str, object] = {
     **{key: value for key, value in vars(Run()).items() if key not in _FREE},

@@ -27,6 +27,7 @@ from benchmarks.scale.serve import REAL
 from common.limits import allow_files
 
 HERE = Path(__file__).parent
+PARTS = ("fronts", "streams", "variants")
 OTHER_FILES = 200
 SMALL, LARGE = 1, 128  # samples of 64 KiB
 FEW = 64  # streams up to which large batches are sent: all three servers have room for them at once
@@ -38,10 +39,7 @@ VARIANTS: Sequence[Row] = (
     {"front": REAL, "arm": "ResNet-8, concatenated", "settings": {**RESNET, "concatenate": 64}},
 )
 VARIANT_STREAMS = 64
-
-
-PARTS = ("fronts", "streams", "variants")
-LONG = 256  # streams up to which a round takes seconds
+MOST = 256  # streams up to which their numbers are compared: beyond, a round takes a minute
 MORE_ROUNDS = 3  # times as many, for numbers of streams differ by less than the minutes do
 
 
@@ -77,7 +75,7 @@ def across(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
         each = [
             (streams, *up.enter_context(measure.running([{"front": REAL}], streams, folder)))
             for streams in options.streams
-            if streams <= LONG
+            if streams <= MOST
         ]
         for streams, servers, loads in each:
             list(measure.join_all(servers, loads, streams))

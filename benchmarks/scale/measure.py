@@ -16,9 +16,8 @@ from benchmarks.scale.net import SAMPLE_BYTES
 from benchmarks.scale.serve import Applied
 
 LOADS = 2  # processes of senders
-EACH = (
-    16  # batches of a client in an interval, on average: else one more or less would be taken for unfairness
-)
+# Batches of a client in an interval, on average: of few of them one more or less would pass for unfairness.
+EACH = 16
 LONGEST_S = 60.0  # that an interval may take for so many
 WARMUP_S = 30.0  # for a batch of each client to be learned from, before an interval
 DRAIN_S = 240.0  # for what is under way to be learned from, after an interval

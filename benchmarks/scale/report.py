@@ -92,13 +92,9 @@ def load_table(results: Sequence[Row]) -> str:
 def across_table(results: Sequence[Row]) -> str:
     """The real server with batches of 64 KiB; and, round by round, what part that is of one stream's."""
     lines = ["| streams | MB/s | of one stream's, from least to most |", "|---:|---:|---|"]
-    for streams in streams_of(results):
-        one, at = (found(results, "across", streams=n) for n in (streams_of(results)[0], streams))
-        if one is None or at is None:
-            continue
-        shares = sorted(b["bytes_s"] / a["bytes_s"] for a, b in zip(one.rows, at.rows, strict=True))
-        spread = f"{statistics.median(shares):.2f} ({shares[0]:.2f} to {shares[-1]:.2f})"
-        lines.append(f"| {streams} | {at.bytes_s / 1e6:.1f} | {spread} |")
+    each = {n: at for n in streams_of(results) if (at := found(results, "across", streams=n))}
+    for streams, at in each.items():
+        lines.append(f"| {streams} | {at.bytes_s / 1e6:.1f} | {_ratios(at, each[min(each)])} |")
     return "\n".join(lines)
 
 
@@ -111,16 +107,15 @@ def choice_table(results: Sequence[Row]) -> str:
             if None in each:
                 continue
             cells = [f"{at.bytes_s / 1e6:,.1f} | {_shown(at.cpu_s_gb, '.2f')}" for at in each if at]
-            ratio = _ratios(results, streams, size)
-            lines.append(f"| {_size(size)} | {streams} | {' | '.join(cells)} | {ratio} |")
+            _, threads, loop = each
+            assert threads is not None
+            assert loop is not None
+            lines.append(f"| {_size(size)} | {streams} | {' | '.join(cells)} | {_ratios(threads, loop)} |")
     return "\n".join(lines)
 
 
-def _ratios(results: Sequence[Row], streams: int, size: int) -> str:
+def _ratios(one: Found, other: Found) -> str:
     """Of bytes a second, interval by interval: the median, and from the least to the most."""
-    one, other = (found(results, front=f, streams=streams, batch_bytes=size) for f in (THREADS, LOOP))
-    assert one is not None
-    assert other is not None
     pairs = zip(one.rows, other.rows, strict=True)
     ratios = [a["bytes_s"] / b["bytes_s"] for a, b in pairs if b["bytes_s"]]
     if not ratios:
