@@ -201,18 +201,30 @@ def meet(target: str, credentials: Credentials | None, wait: float = WAIT_S) -> 
     Raises IdentityError where one end will not have the other, and the OSError that is no one's judgement:
     nobody is there, or says anything in time.
     """
-    with socket.create_connection((_host(target), int(target.rpartition(":")[2])), wait) as connection:
-        if credentials:
-            return _shake_hands(connection, target, credentials)
-        if _speaks_tls(connection):
-            raise IdentityError(
-                f"the server at {target} takes clients with a certificate: say --certs FOLDER"
-            )
-        return None
+    if credentials is None:
+        with _connection(target, wait) as connection:
+            if _speaks_tls(connection):
+                raise IdentityError(
+                    f"the server at {target} takes clients with a certificate: say --certs FOLDER"
+                )
+            return None
+    for _ in range(2):  # who closes once may have been killed just then, and will not be there again
+        with _connection(target, wait) as connection:
+            if handshake := _shake_hands(connection, target, credentials):
+                return handshake
+    raise IdentityError(
+        f"the server at {target} does not accept {credentials.folder / f'{credentials.end}.pem'}: it trusts "
+        f"another authority, or by its clock the certificate is not valid; {_clock()}"
+    )
 
 
-def _shake_hands(connection: socket.socket, target: str, credentials: Credentials) -> Handshake:
-    """As gRPC will. Raises IdentityError, or an OSError that is no one's judgement."""
+def _connection(target: str, wait: float) -> socket.socket:
+    return socket.create_connection((_host(target), int(target.rpartition(":")[2])), wait)
+
+
+def _shake_hands(connection: socket.socket, target: str, credentials: Credentials) -> Handshake | None:
+    """As gRPC will; None where the server closes after it. Raises IdentityError, or an OSError that is no
+    one's judgement."""
     folder, end = credentials.folder, credentials.end
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(folder / "authority.pem")
@@ -221,10 +233,7 @@ def _shake_hands(connection: socket.socket, target: str, credentials: Credential
     try:
         with context.wrap_socket(connection, server_hostname=_host(target)) as secure:
             if not _is_answered(secure):
-                raise IdentityError(
-                    f"the server at {target} does not accept {folder / f'{end}.pem'}: it trusts another "
-                    f"authority, or by its clock the certificate is not valid; {_clock()}"
-                )
+                return None
             theirs = secure.getpeercert(binary_form=True)
             assert theirs, "it was verified"
             expires = x509.load_der_x509_certificate(theirs).not_valid_after_utc

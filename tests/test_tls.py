@@ -7,6 +7,7 @@ says is what the preflight found, and what a server does is seen by what did not
 import contextlib
 import datetime
 import socket
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from common import tls
 from common.errors import ClosedError, TakenError
 from common.meter import Clock, Traffic
 from common.methods import settled
@@ -129,6 +131,24 @@ def accept(listener: socket.socket, hold: bool) -> None:
                 held.enter_context(connection)
             else:
                 connection.close()
+
+
+def test_a_server_that_is_killed_just_after_a_handshake_is_not_blamed(made: Path) -> None:
+    """It closes as one does that will not have the certificate, but is not there to do so again."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(made / "server.pem", made / "server.key")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def die() -> None:
+            connection, _ = listener.accept()
+            with context.wrap_socket(connection, server_side=True):
+                listener.close()
+
+        target = f"127.0.0.1:{listener.getsockname()[1]}"
+        died = in_thread(die)
+        with pytest.raises(ConnectionRefusedError):
+            tls.meet(target, of(made, "ann"))
+        died.result(SOON_S)
 
 
 def test_a_server_that_comes_later_is_found(made: Path, tmp_path: Path) -> None:
