@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,36 +33,65 @@ def summaries(scale: str) -> dict[str, Any]:
     return {path.parent.parent.name: json.loads(path.read_text()) for path in paths}
 
 
-def cells(summary: Any) -> list[str]:
-    """A row of the table, but for the method's name."""
-    up, down, socket = (summary["wire"][key] for key in ("up", "down", "socket"))
-    alone = summary["test"]["client_only_accuracy"]
-    peak = summary["peak_bytes"]
+def rows(scale: str) -> list[list[str]]:
+    """Of the table, but for the method's name: one of all the runs that differ in their seeds."""
+    alike: dict[str, list[list[float | None]]] = {}
+    for name, summary in summaries(scale).items():
+        alike.setdefault(name.rpartition("-seed")[0], []).append(numbers(summary))
+    forms = [percent, percent, mb, mb, mb, mb, one_digit, *[mib] * 6]
+    several = any(len(runs) > 1 for runs in alike.values())
     return [
-        f"{100 * summary['test']['accuracy']:.2f}%",
-        "–" if alone is None else f"{100 * alone:.2f}%",
-        mb(up["activations"] + up["labels"] + up["gradients"]),
-        mb(down["activations"] + down["gradients"]),
-        mb(socket["up"]),
-        mb(socket["down"]),
-        f"{summary['seconds']['wall']:,.1f}",
-        f"{peak['client'] / 1024 / 1024:,.1f}",
-        f"{peak['server'] / 1024 / 1024:,.1f}",
+        [*([str(len(runs))] if several else []), *map(cell, forms, zip(*runs, strict=True))]
+        for runs in alike.values()
+    ]
+
+
+def numbers(summary: Any) -> list[float | None]:
+    up, down, socket = (summary["wire"][key] for key in ("up", "down", "socket"))
+    return [
+        summary["test"]["accuracy"],
+        summary["test"]["client_only_accuracy"],
+        up["activations"] + up["labels"] + up["gradients"],
+        down["activations"] + down["gradients"],
+        socket["up"],
+        socket["down"],
+        summary["seconds"]["wall"],
+        summary["peak_bytes"]["client"],
+        summary["peak_bytes"]["server"],
         *tensors(summary),
     ]
 
 
-def tensors(summary: Any) -> list[str]:
-    """Of runs that counted them: at the client, at the server, held while it waits, in one process."""
-    if not (memory := summary.get("memory")):
-        return []
+def tensors(summary: Any) -> list[int]:
+    """At the client, at the server, held while it waits, in one process."""
+    memory = summary["memory"]
     crossing = 4 * Run().batch_size * math.prod(summary["cut_shape"])
     together = memory["held"] + memory["server"] - crossing if memory["held"] else memory["server"]
-    counts = [*(memory[key] for key in ("client", "server", "held")), max(memory["client"], together)]
-    return [f"{count / 1024 / 1024:,.1f}" for count in counts]
+    return [*(memory[key] for key in ("client", "server", "held")), max(memory["client"], together)]
 
 
-def mb(count: int) -> str:
+def cell(form: Callable[[float], str], values: Sequence[float | None]) -> str:
+    told = [value for value in values if value is not None]
+    if not told:
+        return "–"
+    mean = math.fsum(told) / len(told)
+    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in told) / max(1, len(told) - 1))
+    return f"{form(mean)} ± {form(spread)}" if spread else form(mean)
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f}%"
+
+
+def one_digit(seconds: float) -> str:
+    return f"{seconds:,.1f}"
+
+
+def mib(count: float) -> str:
+    return f"{count / 1024 / 1024:,.1f}"
+
+
+def mb(count: float) -> str:
     return f"{count / 1e6:,.2f}" if count >= 5000 else "<0.01" if count else "0"
 
 
@@ -69,9 +99,9 @@ def mb(count: int) -> str:
 def test_markdown_and_page_have_every_summarys_numbers(tmp_path: Path, scale: str) -> None:
     runs = find(PAPER / scale)
     html, markdown, *_ = report.publish(runs, tmp_path / "report.html")
-    wanted = sorted(cells(summary) for summary in summaries(scale).values())
-    rows = [row[1:] for row in Page(html.read_text()).rows if len(row) == len(wanted[0]) + 1]
-    assert sorted(row for row in rows if row in wanted) == wanted
+    wanted = sorted(rows(scale))
+    shown = [row[1:] for row in Page(html.read_text()).rows if len(row) == len(wanted[0]) + 1]
+    assert sorted(row for row in shown if row in wanted) == wanted
     lines = [line.strip("| ").split(" | ") for line in markdown.read_text().splitlines()]
     assert sorted(line[1:] for line in lines if line[1:] in wanted) == wanted
 
