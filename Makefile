@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo docs test test-slow lint stubs soak bench-accuracy bench-codecs bench-durability bench-layout bench-link bench-memory bench-methods bench-overlap bench-paper bench-replicas bench-scale bench-traffic bench-wire clean fuzz docker-test examples
+.PHONY: demo docs test test-slow lint stubs soak bench-accuracy bench-codecs bench-durability bench-layout bench-link bench-malloc bench-memory bench-methods bench-overlap bench-paper bench-replicas bench-scale bench-traffic bench-wire clean fuzz docker-test examples
 
 demo: $(VENV)/ready
 	$(BIN)/dsl demo
@@ -41,7 +41,7 @@ soak: $(VENV)/ready
 docker-test: $(VENV)/ready
 	PYTHON=$(abspath $(BIN)/python) docker/test.sh
 
-bench-accuracy bench-codecs bench-durability bench-layout bench-link bench-memory bench-methods bench-overlap bench-replicas bench-traffic bench-wire: bench-%: $(VENV)/ready
+bench-accuracy bench-codecs bench-durability bench-layout bench-link bench-malloc bench-memory bench-methods bench-overlap bench-replicas bench-traffic bench-wire: bench-%: $(VENV)/ready
 	$(BIN)/python benchmarks/$*/main.py $(IMAGES)
 
 bench-scale: $(VENV)/ready

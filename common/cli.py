@@ -4,7 +4,9 @@ Knows torch only inside `device_of`: `--help` must not wait for it.
 """
 
 import contextlib
+import ctypes
 import os
+import platform
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 SHELLS = ("bash", "zsh", "fish")  # whose completion there is
 TUNABLES = "GLIBC_TUNABLES"  # by which glibc is told
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 class Stopped(BaseException):
@@ -37,6 +40,19 @@ def prepare() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+
+def keep_freed_memory() -> None:
+    """Has glibc's allocator keep what is freed, up to 2 GiB, for the next step's tensors; unless somebody has
+    set it. Else it gives large tensors back to the system in every step, and each step faults them in again,
+    page by page (benchmarks/malloc).
+    """
+    told = TUNABLES in os.environ or any(name.startswith("MALLOC_") for name in os.environ)
+    if platform.libc_ver()[0] != "glibc" or told:
+        return
+    allocator = ctypes.CDLL(None)
+    allocator.mallopt(_M_MMAP_THRESHOLD, 2**25)  # the largest that it takes: above it a block is the system's
+    allocator.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def start_for_many_threads() -> None:

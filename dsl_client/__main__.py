@@ -86,6 +86,7 @@ def _main(arguments: list[str]) -> int:
     tls.check_exposure("--server", options.server, options.certs, options.insecure)
     if options.replicas != 1 or options.workers is not None or options.rest != "memory":
         return _many(options)
+    cli.keep_freed_memory()
     credentials = tls.Credentials.read(options.certs, "client") if options.certs else None
     tls.preflight(options.server, credentials)  # what can be said at once, before torch has come
     exporter = _exporter(options)

@@ -1,6 +1,8 @@
-"""How a program ends: with its own exit code, whatever its other threads are at."""
+"""What programs share: the allocator's ways, and how they end, with their own exit code whatever their other
+threads are at."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -58,3 +60,35 @@ def test_a_help_whose_reader_has_gone_ends_without_a_traceback(unbuffered: dict[
     finally:
         os.close(writer)
     assert (ended.returncode, ended.stderr) == (code, "")
+
+
+STEPS = """
+import resource
+from common import cli
+
+def faults_of_a_step():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    activations = [b"z" * 2**23 for _ in range(16)]
+    del activations
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+{first}
+for _ in range(2):
+    faults_of_a_step()  # the first one, and the one by which the allocator learns what blocks there are
+print(faults_of_a_step())
+"""
+
+
+def faults_of_a_step(first: str, **environment: str) -> int:
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    script = [sys.executable, "-c", STEPS.format(first=first)]
+    return int(subprocess.check_output(script, timeout=50, env=plain | environment))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_memory_that_is_freed_is_kept_for_the_next_step() -> None:
+    kept, plain = faults_of_a_step("cli.keep_freed_memory()"), faults_of_a_step("")
+    assert 10 * kept < plain
+    left_alone = faults_of_a_step("cli.keep_freed_memory()", MALLOC_TRIM_THRESHOLD_="131072")
+    assert 10 * kept < left_alone
