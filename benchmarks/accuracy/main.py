@@ -1,11 +1,11 @@
 """Accuracy of DSL and CSL side by side, and of plain backpropagation, on real CIFAR-10 images.
 
-5,000 training and 2,000 test images, ResNet-20 cut at m, batch 128, 6 epochs, one client, a cosine
-schedule that peaks at 0.1 after a warm-up of a fifth, no augmentation (six epochs are too few for it
-to pay), several seeds. DSL and CSL run as real server and client processes. A run that has finished
-is not repeated, so the benchmark can be stopped and started again.
+5,000 training and 2,000 test images, ResNet-20, batch 128, 6 epochs, one client, a cosine schedule that
+peaks at 0.1 after a warm-up of a fifth, no augmentation (six epochs are too few for it to pay), several
+seeds. DSL and CSL run as real server and client processes. A run that has finished is not repeated, so the
+benchmark can be stopped and started again.
 
-    python benchmarks/accuracy/main.py IMAGES.npz [--out runs/accuracy] [--seeds 3]
+    python benchmarks/accuracy/main.py IMAGES.npz [--split m] [--rows ROW...] [--out FOLDER] [--seeds 3]
 
 IMAGES.npz holds train_images (N, 32, 32, 3) uint8, train_labels, test_images, test_labels, classes.
 """
@@ -33,7 +33,6 @@ from dsl_lab.launch import Experiment, LaunchError, Setting, launch
 
 COMMON: dict[str, Setting] = {
     "model": "resnet20",
-    "split": "m",
     "epochs": 6,
     "augment": False,
     "eval_every": 0,
@@ -44,6 +43,8 @@ ROWS: dict[str, dict[str, Setting]] = {
     "DSL, head conv": {"method": "dsl", "head": "conv"},
     "DSL, head gap": {"method": "dsl", "head": "gap"},
     "DSL, head mlp": {"method": "dsl", "head": "mlp"},
+    "DSL, head copy": {"method": "dsl", "head": "copy"},
+    "DSL, head infopro": {"method": "dsl", "head": "infopro"},
     "DSL, head flat, lr 0.01": {"method": "dsl", "head": "flat", "lr": 0.01},
     "DSL, head flat, lr 0.1": {"method": "dsl", "head": "flat"},
     "CSL, recipe paper": {"method": "csl", "recipe": "paper", "epochs": 6},
@@ -51,9 +52,9 @@ ROWS: dict[str, dict[str, Setting]] = {
 BACKPROPAGATION = "plain backpropagation"
 
 
-def over_the_wire(images: Path, row: str, seed: int, out: Path) -> tuple[float, float | None]:
+def over_the_wire(images: Path, row: str, split: str, seed: int, out: Path) -> tuple[float, float | None]:
     """Test accuracy of the joined network, and of the client alone where it has a head."""
-    settings = {**COMMON, **ROWS[row], "data": f"npz:{images}", "seed": seed}
+    settings = {**COMMON, **ROWS[row], "split": split, "data": f"npz:{images}", "seed": seed}
     experiment = Experiment(settings, out)
     summary = experiment.server_folder / "summary.json"
     if not summary.exists():
@@ -100,20 +101,25 @@ def _trained_whole(run: Run) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("images", type=Path, help="an npz file")
+    parser.add_argument("--split", default="m")
+    parser.add_argument(
+        "--rows", nargs="+", default=[BACKPROPAGATION, *ROWS], choices=[BACKPROPAGATION, *ROWS]
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/accuracy"))
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
     images = options.images.resolve()
     print(f"{date.today()}, {platform.machine()}, CPU, Python {platform.python_version()}, ", end="")
-    print(f"torch {torch.__version__}, grpcio {grpc.__version__}; seeds 0 to {options.seeds - 1}\n")
+    print(f"torch {torch.__version__}, grpcio {grpc.__version__}; cut at {options.split}, ", end="")
+    print(f"seeds 0 to {options.seeds - 1}\n")
     print("| method | test accuracy, mean (each seed) | client alone, mean |\n|---|---|---|")
-    for row in (BACKPROPAGATION, *ROWS):
+    for row in options.rows:
         scores: list[tuple[float, float | None]] = []
         for seed in range(options.seeds):
-            folder = options.out / row.replace(", ", "-").replace(" ", "-") / str(seed)
+            folder = options.out / options.split / row.replace(", ", "-").replace(" ", "-") / str(seed)
             run = backpropagation(images, seed, folder) if row == BACKPROPAGATION else None
-            scores.append(run or over_the_wire(images, row, seed, folder))
+            scores.append(run or over_the_wire(images, row, options.split, seed, folder))
         print(_line(row, scores), flush=True)
 
 

@@ -346,7 +346,11 @@ def _losses(axes: Axes, found: Mapping[str, Mapping[str, float]], store: Store, 
             place, mean = found[row]["peak"] / MIB, statistics.mean(each)
             axes.plot([place] * len(each), each, ".", color=_colour(row), alpha=0.5)
             axes.plot(place, mean, "o", color=_colour(row))
-            aside = {"xytext": (-7, -3), "ha": "right"} if row == PLAIN else {"xytext": (7, -3)}
+            aside = (
+                {"xytext": (-7, -3), "ha": "right"}
+                if row == PLAIN
+                else {"xytext": (7, 4 if row in BOTH else -4)}
+            )
             words = row.removeprefix("DSL strided, ")
             axes.annotate(words, (place, mean), textcoords="offset points", fontsize=8, **aside)
     axes.axhline(100 * POINTS, color="#888888", linewidth=1)

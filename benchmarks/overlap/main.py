@@ -1,11 +1,16 @@
 """Does decoupling hide the work of one side, and of the link, behind the other's?
 
 Client and server each have one core of their own. For each split and link: samples per second of DSL and of
-CSL between real processes, each also as a fraction of its bound, which is samples over the longest of the
-client's compute, the server's, and the bytes of one way over the link's rate. Compute is each side's rule in
-a loop over the same batches on its core, with nobody at the other end: alone, and both at once, which is what
-the machine takes away from two cores that share their memory. One repetition runs all of them, one after the
-other; ratios are of the same repetition. Links are emulated by a relay on loopback (dsl_lab/link.py).
+CSL between real processes, once they are under way: a run's time less that of a shorter one, so that first
+steps, whose memory the system has yet to find, and the pipeline's filling and draining are not counted. Each
+also as a fraction of its bound, which is samples over the longest of the client's compute, the server's, and
+the bytes of one way over the link's rate.
+
+Compute is each side's rule in a loop over some of the same batches on its core, after a first one, with
+nobody at the other end: alone, and both at once, which is what the machine takes away from two cores that
+share their memory ("of both at once" is the fraction of the bound that this makes). One repetition runs all
+of them, one after the other; ratios are of the same repetition. Links are emulated by a relay on loopback
+(dsl_lab/link.py).
 
     python benchmarks/overlap/main.py [--model resnet20] [--splits m d] [--links 0 20 100] [--repetitions 3]
 """
@@ -22,12 +27,14 @@ import time
 from collections.abc import Sequence
 from datetime import date
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import grpc
 import numpy as np
 import torch
 
+from common import cli
 from common.methods import build_method
 from common.methods.base import Received, Sent, run_step
 from common.nets.cut import build
@@ -40,6 +47,8 @@ from dsl_lab.link import Link
 
 SERVER_CORE, CLIENT_CORE = 0, 1
 SIZE = 128
+FIRST = 4  # batches, which are trained on and not counted
+COMPUTED = 8  # batches at most, by which a side's compute is known
 MBIT = 1e6 / 8  # bytes per second
 
 
@@ -59,17 +68,25 @@ def settings(method: str, split: str, options: argparse.Namespace) -> dict[str, 
 
 def over_the_wire(
     method: str, split: str, round_trip: float, options: argparse.Namespace
-) -> tuple[float, int]:
-    """Seconds from the client's first batch to the server's last receipt; and the activations' bytes.
+) -> tuple[float, float]:
+    """Seconds for the batches after the first ones; and the bytes of their activations.
 
     round_trip: milliseconds of the link, 0 for none.
     """
+    (less, _), (seconds, sent) = (
+        run_of(batches, method, split, round_trip, options) for batches in (FIRST, FIRST + options.batches)
+    )
+    return seconds - less, sent * options.batches / (FIRST + options.batches)
+
+
+def run_of(
+    batches: int, method: str, split: str, round_trip: float, options: argparse.Namespace
+) -> tuple[float, int]:
+    """Seconds from the client's first batch to the server's last receipt; and the activations' bytes."""
     link = partial(Link, rate=options.mbit * MBIT, delay=round_trip / 2000) if round_trip else None
     with tempfile.TemporaryDirectory() as folder:
-        experiment = Experiment(
-            settings(method, split, options), Path(folder), cores=[SERVER_CORE, CLIENT_CORE], link=link
-        )
-        launch(experiment)
+        run = settings(method, split, options) | {"train_limit": batches * SIZE}
+        launch(Experiment(run, Path(folder), cores=[SERVER_CORE, CLIENT_CORE], link=link))
         client, server = (
             json.loads((Path(folder) / name / "summary.json").read_text()) for name in ("client-0", "server")
         )
@@ -77,7 +94,7 @@ def over_the_wire(
 
 
 def compute(method: str, sides: Sequence[str], split: str, options: argparse.Namespace) -> list[float]:
-    """Seconds that each side's rule takes for the same batches, on its core; all at the same time."""
+    """Seconds that each side's rule takes for a run's batches, on its core; all at the same time."""
     processes = [_side(method, side, split, options) for side in sides]
     return [float(process.communicate()[0]) for process in processes]
 
@@ -86,6 +103,7 @@ def _side(method: str, side: str, split: str, options: argparse.Namespace) -> su
     core = CLIENT_CORE if side == "client" else SERVER_CORE
     command = [sys.executable, __file__, "--side", side, "--method", method, "--splits", split]
     command += ["--model", options.model, "--head", options.head, "--file", str(options.file)]
+    command += ["--batches", str(options.batches)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pinned = ["taskset", "-c", str(core), *command]
     return subprocess.Popen(pinned, env=environment, stdout=subprocess.PIPE, text=True)
@@ -98,17 +116,22 @@ def measure_side(options: argparse.Namespace) -> float:
     client, server = client_part(run, method, net, cpu), server_part(run, method, net, cpu)
     train, _ = data.load(run.data, run.image_shape, run.class_count)
     batches = Batches(train, None, SIZE, seed=0, augment=True, device=cpu)
+    made = list(islice(batches.epoch(0), COMPUTED + 1))
     with torch.no_grad():
-        sent = [Received(client.bottom(x), y, client=0, progress=0.0) for x, y in batches.epoch(0)]
+        sent = [Received(client.bottom(x), y, client=0, progress=0.0) for x, y in made]
     answers = [None if method.one_way else torch.randn_like(batch.z) * 1e-4 for batch in sent]
+
+    def step(index: int) -> None:
+        if options.side == "server":
+            method.server_step(server, [sent[index]])
+        else:
+            run_step(method.client_step(client, *made[index]), partial(_answered, answers[index]))
+
+    step(0)
     start = time.perf_counter()
-    if options.side == "server":
-        for batch in sent:
-            method.server_step(server, [batch])
-    else:
-        for (x, y), answer in zip(batches.epoch(0), answers, strict=True):
-            run_step(method.client_step(client, x, y), partial(_answered, answer))
-    return time.perf_counter() - start
+    for index in range(1, len(made)):
+        step(index)
+    return (time.perf_counter() - start) * options.batches / (len(made) - 1)
 
 
 def _answered(answer: torch.Tensor | None, _: Sent) -> torch.Tensor | None:
@@ -130,12 +153,14 @@ def main() -> None:
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
+        if options.side == "client":
+            cli.keep_freed_memory()  # as dsl-client does
         torch.set_num_threads(1)
         print(measure_side(options))
         return
     with tempfile.TemporaryDirectory() as folder:
         options.file = Path(folder) / "images.npz"
-        write_images(options.file, options.batches * SIZE)
+        write_images(options.file, (FIRST + options.batches) * SIZE)
         report(options)
 
 
@@ -153,8 +178,8 @@ def report(options: argparse.Namespace) -> None:
     print(f"{date.today()}, {platform.machine()}, one core a side, Python {platform.python_version()}, ")
     print(f"torch {torch.__version__}, grpcio {grpc.__version__}; {options.model}, head {options.head}, ")
     print(f"{options.batches} batches of {SIZE}; median of {options.repetitions} interleaved repetitions\n")
-    heads = ["split", "link", "DSL samples/s", "of its bound", "CSL samples/s", "of its bound", "DSL / CSL"]
-    heads += ["client alone s", "server alone s", "both at once s"]
+    heads = ["split", "link", "DSL samples/s", "of its bound", "of both at once", "CSL samples/s"]
+    heads += ["of its bound", "DSL / CSL", "client alone s", "server alone s", "both at once s"]
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for split in options.splits:
         for round_trip in options.links:
@@ -172,11 +197,14 @@ def row(split: str, round_trip: float, options: argparse.Namespace) -> list[floa
     for method in ("dsl", "csl"):
         seconds, sent = over_the_wire(method, split, round_trip, options)
         (client,), (server,) = (compute(method, [side], split, options) for side in ("client", "server"))
-        bound = max(client, server, sent / (options.mbit * MBIT) if round_trip else 0.0)
+        on_the_way = sent / (options.mbit * MBIT) if round_trip else 0.0
+        bound = max(client, server, on_the_way)
         speeds[method], shares[method], alone[method] = samples / seconds, bound / seconds, [client, server]
-    both = max(compute("dsl", ["client", "server"], split, options))
+        if method == "dsl":
+            both = max(compute(method, ["client", "server"], split, options))
+            of_both = max(both, on_the_way) / seconds
     ratio = speeds["dsl"] / speeds["csl"]
-    return [speeds["dsl"], shares["dsl"], speeds["csl"], shares["csl"], ratio, *alone["dsl"], both]
+    return [speeds["dsl"], shares["dsl"], of_both, speeds["csl"], shares["csl"], ratio, *alone["dsl"], both]
 
 
 if __name__ == "__main__":
