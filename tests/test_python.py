@@ -73,9 +73,11 @@ def quiet(run: dsl.Run, out: Path, **also: Any) -> dsl.Results:
     return dsl.train(run, data=[pair(0), pair(1)], out=out, progress=False, **also)
 
 
-def same_weights(one: dsl.Results, other: dsl.Results) -> bool:
+def same_weights(one: dsl.Results, other: dsl.Results, within: float = 0.0) -> bool:
     ours, theirs = one.state_dict(1), other.state_dict(1)
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return ours.keys() == theirs.keys() and all(
+        torch.allclose(ours[name], theirs[name], rtol=0.0, atol=within) for name in ours
+    )
 
 
 @pytest.fixture
@@ -184,12 +186,18 @@ def test_a_function_is_a_network(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("nothing_left")
-def test_one_after_the_other_and_two_at_once_come_to_the_same(tmp_path: Path) -> None:
-    alone = [quiet(skip_run(seed=seed), tmp_path / f"alone-{seed}") for seed in (0, 1)]
-    both = [in_thread(quiet, skip_run(seed=seed), tmp_path / f"both-{seed}") for seed in (0, 1)]
+@pytest.mark.parametrize("settings", [{}, {"model": "resnet8", "cut": ""}], ids=["by name", "resnet"])
+def test_one_after_the_other_and_two_at_once_come_to_the_same(
+    settings: dict[str, str], tmp_path: Path
+) -> None:
+    """To the last bit only if neither is of a network by name: while torch.export follows such a one, it has
+    all threads of the process compute without oneDNN."""
+    runs = [skip_run(seed=seed, **settings) for seed in (0, 1)]
+    alone = [quiet(run, tmp_path / f"alone-{run.seed}") for run in runs]
+    both = [in_thread(quiet, run, tmp_path / f"both-{run.seed}") for run in runs]
     for one, other in zip(alone, both, strict=True):
-        assert same_weights(one, other.result(timeout=60))
-    assert not same_weights(*alone)
+        assert same_weights(one, other.result(timeout=60), within=0.0 if settings else 1e-6)
+    assert not same_weights(*alone, within=1e-3)
 
 
 def test_nothing_is_left_and_what_was_borrowed_is_back(tmp_path: Path) -> None:
