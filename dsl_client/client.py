@@ -11,7 +11,7 @@ from torch import nn
 
 from common import chance, checkpoint
 from common.disk import until_written
-from common.errors import ConfigError, SplitLearningError
+from common.errors import ClosedError, ConfigError, SplitLearningError
 from common.live import Gauge
 from common.meter import Clock, Traffic, peak_bytes
 from common.methods import build_method
@@ -114,7 +114,10 @@ class Client:
         if train.names:
             with trainer.idle():
                 self._connection.describe(train.names)
-        trainer.train(mine, theirs, on_step, scored)
+        try:
+            trainer.train(mine, theirs, on_step, scored)
+        except ClosedError as error:
+            raise self._connection.why(error) from None
         measured = measurements(self._clock, self._device, gauge, self._alone)
         with trainer.idle():
             self._connection.leave(measured)

@@ -34,6 +34,7 @@ from dsl_client.memory import Memory
 from dsl_client.stream import Call, Examination, Flow, Outgoing, Segment, Stretch, following, telling, told
 
 ANSWER_S = 30.0  # for Join's and Leave's answer, once connected
+WORD_S = 1.0  # for the server's word on why it is not there any more
 PREFLIGHT_S = 1.0  # how often it is asked why there is no connection yet
 LONGEST_PAUSE_S = 2.0  # from one attempt to come back to the next
 MOVES = 4  # from one process of the server to the next, until a client has its place
@@ -331,6 +332,16 @@ class Connection:
         for channel in self._channels:
             if channel is not self._shared:
                 channel.close()
+
+    def why(self, error: SplitLearningError) -> SplitLearningError:
+        """What ended the membership, where a call of it has found no more than that nobody is there: what the
+        server said of it may come a moment later."""
+        end = time.monotonic() + WORD_S
+        while type(error) is ClosedError and not self._lasting and time.monotonic() < end:
+            if self._over:
+                return self._over
+            time.sleep(0.01)
+        return error
 
     def check_open(self) -> None:
         """Raises why the membership is over, if it is."""

@@ -567,3 +567,16 @@ def test_an_answer_to_a_batch_that_was_not_sent_ends_the_client() -> None:
         segment.finish()
         error = told(in_thread(connection.settle))
         assert "answered a batch that was not sent" in str(error)
+
+
+def test_a_call_that_finds_nobody_waits_for_the_servers_word(tmp_path: Path) -> None:
+    """A server that is stopped says why, and listens no more: either may reach a client first."""
+    nobody = ClosedError("the server went away (UNAVAILABLE)")
+    with serving(small_run(), tmp_path) as server:
+        connection = Connection(f"127.0.0.1:{server.port}", Traffic(), Clock())
+        connection.join("ann", patience=10)
+        word = in_thread(connection.why, nobody)
+        assert waits(word, 0.3)
+        server.rounds.close(ClosedError("somebody pressed Ctrl-C"))
+        assert "somebody pressed Ctrl-C" in str(word.result(10))
+        connection.close()
